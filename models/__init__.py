@@ -2,3 +2,20 @@
 
 if __name__ != "egnscale.models":
     raise ImportError("`import models` finds a folder of egnscale's source tree; write `import egnscale.models`")
+
+from egnscale.models.gemnet import GemNetConfig, GemNetT, Prediction
+from egnscale.models.graph import ExtendedGraph, GraphPartition, WholeGraph
+from egnscale.models.registry import PRESETS, build_model, count_parameters, model_config
+
+__all__ = [
+    "PRESETS",
+    "ExtendedGraph",
+    "GemNetConfig",
+    "GemNetT",
+    "GraphPartition",
+    "Prediction",
+    "WholeGraph",
+    "build_model",
+    "count_parameters",
+    "model_config",
+]

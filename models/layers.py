@@ -1,0 +1,109 @@
+"""The small parts that GemNet is built of: Dense, Residual, ScaleFactor and their initialisation.
+
+Source: Gasteiger, Becker, Guennemann, "GemNet: Universal Directional Graph Neural Networks for Molecules"
+(NeurIPS 2021).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+INV_SQRT_2 = 1 / math.sqrt(2)
+
+
+def scaled_silu(x: Tensor) -> Tensor:
+    """SiLU(x) / 0.6, which keeps the variance of a unit normal input near one."""
+    return silu(x) * (1 / 0.6)
+
+
+@torch.no_grad()
+def he_orthogonal_(weight: Tensor) -> Tensor:
+    """Initialise in place: random (semi-)orthogonal, then each output row to zero mean and variance 1 / fan_in.
+
+    A 2-D weight is (out, in). A 3-D weight (in0, in1, out) has fan_in = in0 * in1. Does nothing on the meta device.
+    """
+    if weight.is_meta:
+        return weight
+    nn.init.orthogonal_(weight)
+    axes, fan_in = ((0, 1), weight.shape[0] * weight.shape[1]) if weight.dim() == 3 else ((1,), weight.shape[1])
+    if fan_in > 1:
+        variance, mean = torch.var_mean(weight, dim=axes, unbiased=True, keepdim=True)
+        weight.sub_(mean).div_((variance + 1e-6).sqrt())
+    return weight.mul_(fan_in**-0.5)
+
+
+class Dense(nn.Module):
+    """y = act(x W^T): linear without bias, optionally followed by the scaled SiLU. (N, in) -> (N, out).
+
+    The product runs in the weight's precision.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, activation: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(he_orthogonal_(torch.empty(out_features, in_features)))
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.to(self.weight.dtype) @ self.weight.t()
+        return scaled_silu(y) if self.activation else y
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.weight.shape
+        return f"{in_features} -> {out_features}{', scaled_silu' if self.activation else ''}"
+
+
+class Residual(nn.Module):
+    """(x + Dense(Dense(x))) / sqrt(2), both activated. (N, F) -> (N, F)."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(Dense(features, features, activation=True) for _ in range(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.layers(x)) * INV_SQRT_2
+
+
+def residuals(count: int, features: int) -> nn.Sequential:
+    return nn.Sequential(*(Residual(features) for _ in range(count)))
+
+
+class ScaleFactor(nn.Module):
+    """y * alpha, a fixed number that keeps activations at unit variance through sums and products.
+
+    alpha is fitted once before training (`egnscale.models.scale_factors`) and stored with the weights; zero means
+    "not fitted" and acts as one. It stays in fp32 or fp64 whatever precision the module is converted to.
+    """
+
+    scale_factor: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale_factor", torch.zeros(()))
+        #: Set while this factor is being fitted: called with (output, reference).
+        self.observer = None
+
+    @property
+    def fitted(self) -> bool:
+        return bool(self.scale_factor != 0)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        before = self.scale_factor
+        super()._apply(fn, recurse)
+        if self.scale_factor.dtype in (torch.bfloat16, torch.float16):
+            self.scale_factor = before.to(self.scale_factor.device)
+        return self
+
+    def forward(self, y: Tensor, reference: Tensor) -> Tensor:
+        """Scale `y`; `reference` is what its variance should match, read only while fitting."""
+        if self.observer is not None:
+            self.observer(y, reference)
+        return y * self.alpha.to(y.dtype)
+
+    @property
+    def alpha(self) -> Tensor:
+        """() the factor in force: one where none is fitted. Without a branch, so that no device is waited for."""
+        return torch.where(self.scale_factor == 0, torch.ones_like(self.scale_factor), self.scale_factor)
