@@ -1,0 +1,86 @@
+"""Fit the scale factors of a model, in-process.
+
+Each factor makes the variance of what it scales equal to that of its reference. Factors are fitted in the order of
+execution, each with its predecessors in force. Because a model is a list of layers, only the layer at hand is run again
+for each of its factors, on the states kept from the layer before: the whole fit costs about as much as three passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from egnscale.models.graph import ExtendedGraph
+from egnscale.models.layers import ScaleFactor
+
+
+def unfitted(model: nn.Module) -> list[str]:
+    """Names of the scale factors that are not fitted."""
+    return [name for name, module in model.named_modules() if isinstance(module, ScaleFactor) and not module.fitted]
+
+
+@torch.no_grad()
+def fit_scale_factors(
+    model: nn.Module,
+    graphs: Sequence[ExtendedGraph],
+    reduce: Callable[[Tensor], Tensor] = lambda moments: moments,
+) -> dict[str, float]:
+    """Fit every scale factor of `model.layers` on a few batches; returns {name: value}.
+
+    Args:
+        graphs: this process's batches.
+        reduce: sums moments (2,) over processes where the batches are spread over several.
+
+    Raises:
+        ValueError: if a variance is zero or not finite, naming the factor.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    factors: dict[str, float] = {}
+    inputs: list[tuple] = [(graph,) for graph in graphs]
+    for layer in model.layers:  # type: ignore[union-attr]
+        for factor in _in_execution_order(layer, inputs[0]):
+            factors[names[factor]] = _fit(factor, names[factor], layer, inputs, reduce)
+        inputs = [(layer(*args), graph) for args, graph in zip(inputs, graphs, strict=True)]
+    return factors
+
+
+def _in_execution_order(layer: nn.Module, args: tuple) -> list[ScaleFactor]:
+    order: list[ScaleFactor] = []
+    sites = [module for module in layer.modules() if isinstance(module, ScaleFactor)]
+    for site in sites:
+        site.observer = lambda y, reference, site=site: order.append(site)
+    try:
+        if sites:
+            layer(*args)
+    finally:
+        for site in sites:
+            site.observer = None
+    return order
+
+
+def _fit(
+    factor: ScaleFactor, name: str, layer: nn.Module, inputs: Sequence[tuple], reduce: Callable[[Tensor], Tensor]
+) -> float:
+    moments = torch.zeros(2, dtype=torch.float64, device=factor.scale_factor.device)
+
+    def observe(y: Tensor, reference: Tensor) -> None:
+        # Mean over features of the variance over rows; batches count by their rows, as the published fit does.
+        for column, value in enumerate((y, reference)):
+            if len(value) > 1:
+                moments[column] += value.double().var(dim=0).mean() * len(y)
+
+    factor.scale_factor.zero_()
+    factor.observer = observe  # type: ignore[assignment]
+    try:
+        for args in inputs:
+            layer(*args)
+    finally:
+        factor.observer = None
+    out, reference = reduce(moments).tolist()
+    if not (out > 0 and reference > 0 and out < float("inf") and reference < float("inf")):
+        raise ValueError(f"cannot fit scale factor {name}: variances {reference:g} (reference) and {out:g} (output)")
+    value = (reference / out) ** 0.5
+    factor.scale_factor.fill_(value)
+    return value

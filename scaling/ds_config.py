@@ -1,0 +1,102 @@
+"""DeepSpeed's configuration of a run: a JSON file as DeepSpeed knows it, plus what the run decides.
+
+The file may set whatever DeepSpeed understands. Where the run's own configuration decides, it must say "auto", say the
+same, or say nothing. Nothing of DeepSpeed's vocabulary is spelled a second time in ours.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+#: DeepSpeed counts micro-batches in "samples". Ours is one graph, however many structures it holds.
+MICRO_BATCH = 1
+REFUSED = {
+    "optimizer": "the optimizer comes from the run's `optim` section",
+    "scheduler": "the learning-rate schedule comes from the run's `optim.scheduler`",
+}
+
+
+def preset_names() -> list[str]:
+    """Names of the JSON files shipped in `egnscale.ds_configs`."""
+    return sorted(
+        path.name.removesuffix(".json")
+        for path in files("egnscale.ds_configs").iterdir()
+        if path.name.endswith(".json")
+    )
+
+
+def read_ds_config(source: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON by path, or a shipped one by name ("zero2").
+
+    Raises:
+        ValueError: if there is no such file or preset, or it is not a JSON object; one line.
+    """
+    path = Path(source)
+    if str(source) in preset_names():
+        text = files("egnscale.ds_configs").joinpath(f"{source}.json").read_text()
+    elif path.is_file():
+        text = path.read_text()
+    else:
+        raise ValueError(
+            f"no DeepSpeed configuration {str(source)!r}: "
+            f"give the path of a JSON file, or one of {', '.join(preset_names())}"
+        )
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{source} holds a JSON {type(config).__name__}, expected an object")
+    return config
+
+
+def complete_ds_config(
+    base: dict[str, Any],
+    *,
+    zero: int,
+    precision: str,
+    gradient_accumulation: int,
+    clip_grad_norm: float | None,
+) -> dict[str, Any]:
+    """Fill in what the run decides.
+
+    Raises:
+        ValueError: where the file contradicts the run, naming the key and both values.
+    """
+    config = json.loads(json.dumps(base))
+    for key, reason in REFUSED.items():
+        if key in config:
+            raise ValueError(f"the DeepSpeed configuration sets {key!r}, but {reason}; remove it")
+    decided: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": MICRO_BATCH,
+        "gradient_accumulation_steps": gradient_accumulation,
+        # DeepSpeed clips at 1.0 when this is left out.
+        "gradient_clipping": float(clip_grad_norm or 0.0),
+        "zero_optimization.stage": zero,
+        "bf16.enabled": precision == "bf16",
+    }
+    for key, value in decided.items():
+        *sections, name = key.split(".")
+        section = config
+        for part in sections:
+            section = section.setdefault(part, {})
+        given = section.get(name, "auto")
+        if given not in ("auto", value):
+            raise ValueError(
+                f"the DeepSpeed configuration sets {key} to {given}, but the run says {value}; make them agree"
+            )
+        section[name] = value
+    if config.pop("train_batch_size", "auto") != "auto":
+        raise ValueError(
+            "the DeepSpeed configuration sets train_batch_size; batches are set by optim.batch_size; remove it"
+        )
+    if config.get("fp16", {}).get("enabled") is True:
+        raise ValueError("the DeepSpeed configuration enables fp16; set parallel.precision to fp32 or bf16")
+    config.setdefault("steps_per_print", 10**9)
+    # The optimizer is torch's AdamW, handed over ready made.
+    config.setdefault("zero_allow_untested_optimizer", True)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+    return config

@@ -1,0 +1,225 @@
+"""The one place that talks to DeepSpeed: starting processes, the training engine, what a rank holds of each parameter.
+
+Everything else in the project sees `Engine` and a few collectives on small tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# Set before the import: DeepSpeed probes the machine and configures its logger while it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+import deepspeed  # noqa: E402
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine  # noqa: E402
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # noqa: E402
+from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa: E402
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+
+deepspeed_logger.setLevel(logging.WARNING)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+class _NothingCompatible(dict):
+    """DeepSpeed's table of compiled operators, saying that none is available."""
+
+    def get(self, key: Any, default: Any = None) -> bool:
+        return False
+
+    def __getitem__(self, key: Any) -> bool:
+        return False
+
+
+def start_world() -> World:
+    """Join the process group that the launcher's environment describes; alone, form one of size 1. Idempotent.
+
+    The `deepspeed` launcher and `torchrun` set RANK and WORLD_SIZE; without them this is one process.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in alone.items()})
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # The deepspeed launcher leaves every rank all cores.
+        peers = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // peers))
+    if not dist.is_initialized():
+        # On CPU, DeepSpeed would compile a shared-memory operator (76 s) that only inference uses.
+        if not cuda:
+            deepspeed.ops.__compatible_ops__ = _NothingCompatible()
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def stop_world() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Sum of a small tensor over all ranks."""
+    value = value.clone()
+    dist.all_reduce(value)
+    return value
+
+
+def gather_over_ranks(value: Any) -> list[Any]:
+    """A small picklable value of every rank, in the order of ranks."""
+    if dist.get_world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+class _SafeCheckpointEngine(TorchCheckpointEngine):
+    """DeepSpeed's files, read without executing what they hold: only tensors, plain containers and loss scalers."""
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class Engine:
+    """`deepspeed.initialize`, and what a rank holds of each parameter under each ZeRO stage.
+
+    Args:
+        module: computes the loss: `module(*args)` is what `engine(*args)` returns.
+        optimizer: over the module's parameters.
+        ds_config: a complete DeepSpeed configuration (`egnscale.scaling.ds_config`).
+        world: this process.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], world: World
+    ) -> None:
+        self.world = world
+        self.module = module
+        self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
+        self._engine, *_ = deepspeed.initialize(
+            model=module.to(world.device), optimizer=optimizer, config=ds_config, dist_init_required=False
+        )
+        self._engine.checkpoint_engine = _SafeCheckpointEngine(self._engine._config)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._engine(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self) -> bool:
+        """Count one micro-batch; returns True where it ended with an optimizer step."""
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        self._engine.step()
+        return boundary
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def gradient_norm(self) -> float | None:
+        """Norm of the last step's gradient, before clipping; None where DeepSpeed does not compute it (stage 0)."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    # What a rank holds. Stages 0 to 2: every parameter whole. Stage 3: a flat shard of each, padded to equal size.
+
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, the part that this rank holds) of each trainable parameter; the tensors are live."""
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                yield name, (parameter.ds_tensor if self.zero_stage == 3 else parameter).detach()  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def write_held(self, parts: dict[str, Tensor]) -> None:
+        """Overwrite the module's parameters with parts shaped as `held` gives them (not the optimizer's masters)."""
+        for name, parameter in self.module.named_parameters():
+            if name not in parts:
+                continue
+            if self.zero_stage < 3:
+                parameter.copy_(parts[name])
+                continue
+            parameter.ds_tensor.copy_(parts[name])  # type: ignore[attr-defined]
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
+                # Small parameters stay gathered between steps.
+                parameter.data.copy_(self.assemble(name, parts[name]))
+
+    def assemble(self, name: str, part: Tensor) -> Tensor:
+        """The whole of a parameter-shaped quantity from the parts that the ranks hold. Collective at stage 3."""
+        if self.zero_stage < 3:
+            return part
+        shape = self._parameter(name).ds_shape  # type: ignore[attr-defined]
+        flat = part.new_empty(part.numel() * self.world.size)
+        dist.all_gather_into_tensor(flat, part.contiguous().view(-1))
+        return flat[: shape.numel()].view(shape)
+
+    def part_of(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of a whole parameter-shaped quantity: the inverse of `assemble`. Local."""
+        if self.zero_stage < 3:
+            return whole
+        shard = self._parameter(name).ds_tensor  # type: ignore[attr-defined]
+        flat = whole.new_zeros(shard.numel() * self.world.size)
+        flat[: whole.numel()] = whole.reshape(-1)
+        return flat.view(self.world.size, -1)[self.world.rank].clone()
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        return self.module.get_parameter(name)
+
+    def save(self, directory: Path) -> None:
+        """Write parameters and optimizer state. Collective."""
+        self._engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote, under the same ZeRO stage and number of ranks. Collective.
+
+        Raises:
+            ValueError: where the files do not fit this engine.
+        """
+        try:
+            found, _ = self._engine.load_checkpoint(str(directory), tag="engine")
+        except Exception as error:
+            raise ValueError(f"{directory} does not fit this run: {error}") from error
+        if found is None:
+            raise ValueError(f"{directory} holds no engine state")
