@@ -1,0 +1,73 @@
+"""`egnscale evaluate CHECKPOINT DATA`: metrics of a checkpoint on one store, or on every split of a data set."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory (its latest)")
+    parser.add_argument("data", type=Path, help="a store, or a data set: then all its validation splits")
+    parser.add_argument("--task", choices=["s2ef"], default="s2ef")
+    parser.add_argument("--batch-size", type=int, default=8, help="structures per batch (default 8)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that build graphs (default 0)")
+    parser.add_argument("--all-atoms", action="store_true", help="count forces of fixed atoms too")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.batch_size < 1 or args.workers < 0:
+        raise ValueError("--batch-size must be at least 1 and --workers at least 0")
+
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from egnscale.data.sampler import BalancedBatchSampler
+    from egnscale.launch.evaluation import evaluate_s2ef
+    from egnscale.launch.loading import make_loader, open_labelled
+    from egnscale.launch.reporting import s2ef_table
+    from egnscale.launch.run_files import load_trained
+
+    trained = load_trained(args.checkpoint)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = trained.model.to(device)
+    results: dict[str, dict[str, float]] = {}
+    with Progress(console=Console(stderr=True), disable=args.json or not sys.stderr.isatty()) as progress:
+        for name, path in validation_splits(args.data).items():
+            store = open_labelled(path, model.config.num_elements)
+            sampler = BalancedBatchSampler(store.num_edges, args.batch_size, 1, 0, shuffle=False)
+            bar = progress.add_task(name, total=len(store))
+            results[name] = evaluate_s2ef(
+                model,
+                make_loader(store, sampler, model.config, args.workers, device.type == "cuda"),
+                trained.normalizer,
+                device,
+                free_atoms_only=not args.all_atoms,
+                observe=lambda batch, bar=bar: progress.advance(bar, len(batch.sid)),
+            )
+    if not args.json:
+        Console().print(s2ef_table(results))
+    return {"checkpoint": str(trained.path), "step": trained.run["step"], "splits": results}
+
+
+def validation_splits(path: Path) -> dict[str, Path]:
+    """{name: store}: the path itself if it is a store, else its `val_*` stores (of `path` or `path`/s2ef).
+
+    Raises:
+        ValueError: if there is nothing to evaluate on.
+    """
+    from egnscale.data.store import METADATA
+
+    if (path / METADATA).is_file():
+        return {path.name: path}
+    for root in (path, path / "s2ef"):
+        found = {store.parent.name: store.parent for store in sorted(root.glob(f"val_*/{METADATA}"))}
+        if found:
+            order = ["val_id", "val_ood_ads", "val_ood_cat", "val_ood_both"]
+            return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else 9))
+    raise ValueError(
+        f"{path} is no store of egnscale, and holds no val_* stores" if path.exists() else f"no data at {path}"
+    )

@@ -1,0 +1,62 @@
+"""Evaluate a model on a store: OC20's S2EF metrics, summed over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from egnscale.data.batch import AtomBatch
+from egnscale.launch.metrics import S2EFMetrics
+from egnscale.launch.tasks import Normalizer
+from egnscale.models import ExtendedGraph, Prediction
+
+
+@torch.no_grad()
+def evaluate_s2ef(
+    predict: Callable[[ExtendedGraph], Prediction],
+    batches: Iterable[tuple[ExtendedGraph, AtomBatch]],
+    normalizer: Normalizer,
+    device: torch.device,
+    *,
+    free_atoms_only: bool = True,
+    max_batches: int | None = None,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+    observe: Callable[[AtomBatch], None] = lambda batch: None,
+) -> dict[str, float]:
+    """Metrics of normalised predictions over labelled batches.
+
+    Args:
+        max_batches: stop after so many (None: all).
+        reduce: sums accumulators over ranks.
+        observe: called after each batch, for progress.
+
+    Raises:
+        ValueError: if a prediction is not finite, naming the structure.
+    """
+    metrics = S2EFMetrics(energy_mean=normalizer.energy_mean)
+    bad = ""
+    for graph, batch in islice(batches, max_batches):
+        graph, batch = graph.to(device), batch.to(device)
+        prediction = normalizer.physical(predict(graph))
+        if not bad:
+            bad = ", ".join(non_finite(prediction, graph, batch)[:3])
+        assert batch.energy is not None
+        assert batch.forces is not None
+        free = ~batch.fixed if free_atoms_only else torch.ones_like(batch.fixed)
+        metrics.update(prediction.energy, prediction.forces, batch.energy, batch.forces, graph.system, free)
+        observe(batch)
+    metrics.load_tensor(reduce(metrics.tensor()))
+    if bad:
+        raise ValueError(f"the model's prediction is not finite for {bad}")
+    return metrics.compute()
+
+
+def non_finite(prediction: Prediction, graph: ExtendedGraph, batch: AtomBatch) -> list[str]:
+    """Names of the structures whose prediction is NaN or infinite."""
+    bad = ~torch.isfinite(prediction.energy)
+    rows = ~torch.isfinite(prediction.forces).all(dim=-1)
+    bad = bad.index_put((graph.system[rows],), torch.ones((), dtype=torch.bool, device=bad.device))
+    return [batch.names[index] for index in torch.nonzero(bad).flatten().tolist()]

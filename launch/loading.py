@@ -1,0 +1,59 @@
+"""Stores, samplers and loaders of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from egnscale.data.batch import Collate
+from egnscale.data.neighbors import GraphSpec
+from egnscale.data.sampler import BalancedBatchSampler
+from egnscale.data.store import Store
+from egnscale.models import GemNetConfig
+
+
+def graph_spec(config: GemNetConfig) -> GraphSpec:
+    """The graph that a model was made for."""
+    return GraphSpec(config.cutoff, config.max_neighbors, config.symmetrize)  # type: ignore[arg-type]
+
+
+def open_labelled(path: str | Path, num_elements: int) -> Store:
+    """Open a store for training or evaluation.
+
+    Raises:
+        ValueError: if it is empty, has no energies or forces, or holds elements that the model does not know.
+    """
+    store = Store(path)
+    if not len(store):
+        raise ValueError(f"{path} holds no structures")
+    sample = store[0]
+    if sample.energy is None or sample.forces is None:
+        raise ValueError(f"{path}: structures have no energies and forces, which s2ef needs")
+    highest = max(store.metadata["statistics"]["elements"])
+    if highest > num_elements:
+        raise ValueError(
+            f"{path} holds atomic number {highest}; the model knows 1..{num_elements} (model.num_elements)"
+        )
+    return store
+
+
+def make_loader(
+    store: Store, sampler: BalancedBatchSampler, model: GemNetConfig, workers: int, pin: bool
+) -> DataLoader:
+    """Loader of (graph, batch) pairs; graphs are built in its workers."""
+    return DataLoader(
+        store,  # type: ignore[arg-type]
+        batch_sampler=sampler,
+        collate_fn=Collate(graph_spec(model), model.num_elements),
+        num_workers=workers,
+        pin_memory=pin,
+    )
+
+
+def sizes_for_balance(store: Store, rule: str) -> np.ndarray:
+    """What the sampler balances over ranks."""
+    if rule == "none":
+        return np.ones(len(store))
+    return store.num_edges if rule == "edges" else store.num_atoms

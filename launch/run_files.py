@@ -1,0 +1,118 @@
+"""What a run leaves in a checkpoint besides DeepSpeed's files, and how a model comes back from it.
+
+`model.safetensors` and `run.json` are all that evaluation and the calculator read: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from egnscale.launch.tasks import Normalizer
+from egnscale.models import GemNetConfig, GemNetT, model_config
+from egnscale.scaling.checkpoint import find_checkpoint, verify_checkpoint
+
+WEIGHTS = "model.safetensors"
+RUN = "run.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model ready for use, in fp32 on the CPU."""
+
+    model: GemNetT
+    normalizer: Normalizer
+    run: dict[str, Any]  #: the checkpoint's run.json
+    path: Path
+
+
+def run_record(config: GemNetConfig, normalizer: Normalizer, **state: Any) -> dict[str, Any]:
+    """The content of run.json."""
+    return {
+        "format": FORMAT,
+        "versions": {name: version(name) for name in ("egnscale", "torch", "deepspeed")},
+        "model": asdict(config),
+        "normalizer": asdict(normalizer),
+        **state,
+    }
+
+
+def save_weights(path: Path, weights: Iterable[tuple[str, Tensor]], model: torch.nn.Module, *, write: bool) -> None:
+    """Write parameters and scale factors by name, fp32. Every rank iterates over `weights`, one writes."""
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights}
+    if write:
+        for name, buffer in model.named_buffers():
+            tensors[name] = buffer.detach().float().cpu().contiguous()
+        save_file(tensors, path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """Read and check a checkpoint's run.json."""
+    try:
+        run = json.loads((checkpoint / RUN).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{checkpoint / RUN} cannot be read: {error}") from None
+    if run.get("format") != FORMAT:
+        raise ValueError(f"{checkpoint / RUN} has format {run.get('format')}; this version of egnscale reads {FORMAT}")
+    return run
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Load a model's parameters and scale factors.
+
+    Raises:
+        ValueError: where names or shapes differ, naming the first few.
+    """
+    found, wanted = read_weights(path), model.state_dict()
+    problems = [f"lacks {name}" for name in wanted.keys() - found.keys()]
+    problems += [f"has {name}, which the model does not" for name in found.keys() - wanted.keys()]
+    problems += [
+        f"{name} has shape {tuple(found[name].shape)}, the model's is {tuple(wanted[name].shape)}"
+        for name in wanted.keys() & found.keys()
+        if found[name].shape != wanted[name].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more differences)" if len(problems) > 3 else ""
+        raise ValueError(f"{path} does not fit the model: {'; '.join(sorted(problems)[:3])}{more}")
+    model.load_state_dict(found)
+
+
+def load_trained(path: str | Path) -> TrainedModel:
+    """The model of a checkpoint (or of a run's latest one), with the weights meant for use.
+
+    Raises:
+        ValueError: if there is no whole checkpoint, or it does not fit.
+    """
+    checkpoint = find_checkpoint(Path(path))
+    verify_checkpoint(checkpoint)
+    run = read_run(checkpoint)
+    try:
+        config, normalizer = model_config(**run["model"]), Normalizer(**run["normalizer"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint / RUN} is incomplete: {error}") from None
+    model = GemNetT(config)
+    load_weights(model, checkpoint / WEIGHTS)
+    return TrainedModel(model.eval(), normalizer, run, checkpoint)

@@ -1,0 +1,92 @@
+"""S2EF, structure to energy and forces: normalised targets, OC20's loss, physical predictions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from egnscale.data.batch import AtomBatch
+from egnscale.launch.metrics import s2ef_loss
+from egnscale.models import ExtendedGraph, Prediction
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Targets are learned as (energy - energy_mean) / energy_std and forces / force_std."""
+
+    energy_mean: float  #: eV
+    energy_std: float  #: eV
+    force_std: float  #: eV/A
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not torch.isfinite(torch.tensor(value)) or (name != "energy_mean" and value <= 0):
+                raise ValueError(
+                    f"normalizer: {name} is {value}; it must be finite" + " and positive" * (name != "energy_mean")
+                )
+
+    @classmethod
+    def from_statistics(cls, statistics: dict[str, Any]) -> Normalizer:
+        """From a training store's statistics, as OC20 does: the energy's standard deviation scales forces too."""
+        mean, std = statistics["energy"]["mean"], statistics["energy"]["std"]
+        if not std:
+            raise ValueError(
+                "all training energies are equal, so they cannot be normalised; set task.normalizer by hand"
+            )
+        return cls(mean, std, std)
+
+    def physical(self, prediction: Prediction) -> Prediction:
+        """Normalised -> eV (float64) and eV/A."""
+        return Prediction(
+            prediction.energy.double() * self.energy_std + self.energy_mean, prediction.forces * self.force_std
+        )
+
+
+class S2EF(nn.Module):
+    """A model together with its loss: what the engine trains.
+
+    Loss (OC20): energy_coefficient * mean |dE| over structures + force_coefficient * mean |dF|_2 over free atoms, on
+    normalised targets. Means are over all replicas: `counts` holds the numbers of structures and of free atoms that
+    this replica's sums are divided by, so that the average of the replicas' losses is the mean over all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        normalizer: Normalizer,
+        *,
+        energy_coefficient: float = 1.0,
+        force_coefficient: float = 100.0,
+        free_atoms_only: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.normalizer = normalizer
+        self.energy_coefficient, self.force_coefficient = energy_coefficient, force_coefficient
+        self.free_atoms_only = free_atoms_only
+
+    def trained_atoms(self, batch: AtomBatch) -> Tensor:
+        """(V,) bool, the atoms whose forces count."""
+        return ~batch.fixed if self.free_atoms_only else torch.ones_like(batch.fixed)
+
+    def forward(self, graph: ExtendedGraph, batch: AtomBatch, counts: Tensor) -> tuple[Tensor, Prediction]:
+        """The loss of a labelled batch, and the (detached, normalised) prediction."""
+        prediction = self.model(graph)
+        assert batch.energy is not None
+        assert batch.forces is not None
+        scale = self.normalizer
+        loss = s2ef_loss(
+            prediction.energy.float() if prediction.energy.dtype == torch.bfloat16 else prediction.energy,
+            prediction.forces,
+            ((batch.energy - scale.energy_mean) / scale.energy_std).to(prediction.energy.dtype),
+            (batch.forces / scale.force_std).to(prediction.forces.dtype),
+            self.trained_atoms(batch),
+            energy_coefficient=self.energy_coefficient,
+            force_coefficient=self.force_coefficient,
+            energy_count=counts[0],
+            force_count=counts[1],
+        )
+        return loss, Prediction(prediction.energy.detach(), prediction.forces.detach())

@@ -1,0 +1,402 @@
+"""The training loop.
+
+Everything that a step depends on follows from the step's number and what a checkpoint holds: the batch comes from
+(seed, epoch, position), the learning rate from the schedule's state. That is what makes a resumed run continue as if it
+had never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from egnscale.data.batch import AtomBatch, Collate
+from egnscale.data.sampler import BalancedBatchSampler
+from egnscale.launch.config import RunConfig
+from egnscale.launch.evaluation import evaluate_s2ef, non_finite
+from egnscale.launch.loading import graph_spec, make_loader, open_labelled, sizes_for_balance
+from egnscale.launch.reporting import RunLog, TrainingProgress, plot_training
+from egnscale.launch.run_files import RUN, WEIGHTS, read_run, read_weights, run_record, save_weights
+from egnscale.launch.schedules import build_schedule
+from egnscale.launch.tasks import S2EF, Normalizer
+from egnscale.models import ExtendedGraph, build_model, count_parameters, model_config
+from egnscale.models.scale_factors import fit_scale_factors
+from egnscale.scaling.checkpoint import LATEST, find_checkpoint, save_checkpoint, verify_checkpoint, write_text
+from egnscale.scaling.ds_config import complete_ds_config, read_ds_config
+from egnscale.scaling.ema import ExponentialMovingAverage
+from egnscale.scaling.engine import Engine, World, barrier, gather_over_ranks, sum_over_ranks
+
+#: Batches that scale factors are fitted on, over all ranks together.
+SCALE_FACTOR_BATCHES = 16
+#: Parameters that weight decay leaves alone.
+NO_DECAY = ("embedding", "frequencies", "bias")
+
+
+class Trainer:
+    """One training run on this rank.
+
+    Args:
+        config: the whole run.
+        world: this process among its peers.
+        ds_config: path or preset name of a DeepSpeed JSON, in place of `parallel.deepspeed`.
+        resume: continue from the run's latest checkpoint, if it has one.
+        say: prints a line for people (rank 0 only).
+
+    Raises:
+        ValueError: for whatever the user can put right.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        *,
+        ds_config: str | None = None,
+        resume: bool = False,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.config, self.world, self.say = config, world, say
+        self.directory = Path(config.task.output)
+        self.checkpoints = self.directory / "checkpoints"
+        self.step = 0
+        self.seconds = 0.0
+        self.best: dict[str, float] = {}
+        self.evaluations: dict[str, dict[str, float]] = {}
+
+        self.model_config = model_config(config.model.preset, **config.model.hyperparameters())
+        self.train_store = open_labelled(config.data.train, self.model_config.num_elements)
+        self.val_stores = {
+            name: open_labelled(path, self.model_config.num_elements) for name, path in config.data.val_splits().items()
+        }
+        resumed = self._find_resumed(resume)
+        self.normalizer = self._normalizer(resumed)
+        self.sampler = self._sampler(self.train_store, config.optim.batch_size, shuffle=True)
+        if not len(self.sampler):
+            raise ValueError(
+                f"{config.data.train} holds {len(self.train_store)} structures, fewer than one batch for each of "
+                f"{world.size} ranks"
+            )
+        self.total_steps = self._total_steps()
+        self.schedule = build_schedule(config.optim.scheduler, self.total_steps)
+
+        torch.manual_seed(config.task.seed)
+        model = build_model(self.model_config)
+        self.objective = S2EF(
+            model,
+            self.normalizer,
+            energy_coefficient=config.task.energy_coefficient,
+            force_coefficient=config.task.force_coefficient,
+            free_atoms_only=config.task.train_on_free_atoms,
+        )
+        if resumed is None:
+            self._fit_scale_factors()
+        ds = complete_ds_config(
+            read_ds_config(ds_config or config.parallel.deepspeed or f"zero{config.parallel.zero}"),
+            zero=config.parallel.zero,
+            precision=config.parallel.precision,
+            gradient_accumulation=config.optim.gradient_accumulation,
+            clip_grad_norm=config.optim.clip_grad_norm,
+        )
+        self.num_parameters = count_parameters(model)
+        self.engine = Engine(self.objective, self._optimizer(), ds, world)
+        decay = config.optim.ema_decay
+        self.ema = ExponentialMovingAverage(self.engine, decay) if decay is not None else None
+        if resumed is not None:
+            self._load(*resumed)
+        elif world.is_main:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_text(self.directory / "config.yaml", config.to_yaml())
+        barrier()
+
+    # Setting up
+
+    def _find_resumed(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
+        exists = (self.checkpoints / LATEST).is_file()
+        if exists and not resume:
+            raise ValueError(
+                f"{self.directory} already holds a run; continue it with --resume, or choose another task.output"
+            )
+        if not exists:
+            return None
+        checkpoint = find_checkpoint(self.checkpoints)
+        if self.world.is_main:
+            verify_checkpoint(checkpoint)
+        run = read_run(checkpoint)
+        for name, value in asdict(self.model_config).items():
+            if run["model"].get(name) != value:
+                raise ValueError(
+                    f"cannot resume {checkpoint}: model.{name} was {run['model'].get(name)}, "
+                    f"the configuration says {value}"
+                )
+        for name, value in self._layout().items():
+            if run["layout"].get(name) != value:
+                raise ValueError(
+                    f"cannot resume {checkpoint}: {name} was {run['layout'].get(name)}, this run has {value}; "
+                    "start it the same way"
+                )
+        return checkpoint, run
+
+    def _layout(self) -> dict[str, Any]:
+        """What a checkpoint of DeepSpeed's, or the order of the data, depends on."""
+        optim, parallel = self.config.optim, self.config.parallel
+        return {
+            "ranks": self.world.size,
+            "zero": parallel.zero,
+            "precision": parallel.precision,
+            "batch_size": optim.batch_size,
+            "gradient_accumulation": optim.gradient_accumulation,
+            "load_balancing": optim.load_balancing,
+            "seed": self.config.task.seed,
+            "structures": len(self.train_store),
+            "ema_decay": optim.ema_decay,
+        }
+
+    def _normalizer(self, resumed: tuple[Path, dict[str, Any]] | None) -> Normalizer:
+        if resumed is not None:
+            return Normalizer(**resumed[1]["normalizer"])
+        given = self.config.task.normalizer
+        if given == "auto":
+            return Normalizer.from_statistics(self.train_store.metadata["statistics"])
+        return Normalizer(given.energy_mean, given.energy_std, given.force_std)
+
+    def _sampler(self, store: Any, batch_size: int, *, shuffle: bool) -> BalancedBatchSampler:
+        return BalancedBatchSampler(
+            sizes_for_balance(store, self.config.optim.load_balancing),
+            batch_size,
+            num_replicas=self.world.size,
+            rank=self.world.rank,
+            seed=self.config.task.seed,
+            shuffle=shuffle,
+        )
+
+    def _total_steps(self) -> int:
+        optim = self.config.optim
+        if optim.max_steps is not None:
+            return optim.max_steps
+        return math.ceil(optim.max_epochs * len(self.sampler) / optim.gradient_accumulation)
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        optim = self.config.optim
+        decayed, plain = [], []
+        for name, parameter in self.objective.named_parameters():
+            (plain if any(word in name.split(".")[-1] for word in NO_DECAY) else decayed).append(parameter)
+        groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=optim.lr_initial,
+            betas=optim.betas,
+            eps=optim.eps,
+            amsgrad=optim.amsgrad,
+        )
+
+    def _fit_scale_factors(self) -> None:
+        collate = Collate(graph_spec(self.model_config), self.model_config.num_elements)
+        mine = islice(iter(self.sampler), max(1, SCALE_FACTOR_BATCHES // self.world.size))
+        graphs = [collate([self.train_store[index] for index in indices])[0] for indices in mine]
+        device = self.world.device
+        factors = fit_scale_factors(
+            self.objective.model.to(device), [graph.to(device) for graph in graphs], reduce=sum_over_ranks
+        )
+        self.say(f"fitted {len(factors)} scale factors on {len(graphs)} batches per rank")
+
+    # Checkpoints
+
+    def _save(self) -> None:
+        record = run_record(
+            self.model_config,
+            self.normalizer,
+            step=self.step,
+            seconds=self.seconds,
+            schedule=self.schedule.state_dict(),
+            best=self.best,
+            evaluations=self.evaluations,
+            layout=self._layout(),
+            config=self.config.model_dump(mode="json"),
+        )
+
+        def write(directory: Path) -> None:
+            self.engine.save(directory)
+            weights = self.ema.whole() if self.ema else ((n, self.engine.assemble(n, p)) for n, p in self.engine.held())
+            named = ((name.removeprefix("model."), tensor) for name, tensor in weights)
+            save_weights(directory / WEIGHTS, named, self.objective.model, write=self.world.is_main)
+            if self.world.is_main:
+                write_text(directory / RUN, json.dumps(record, indent=1))
+
+        save_checkpoint(
+            self.checkpoints,
+            f"step_{self.step:08d}",
+            write,
+            is_main=self.world.is_main,
+            agree=gather_over_ranks,
+            keep_last=self.config.task.keep_last,
+        )
+
+    def _load(self, checkpoint: Path, run: dict[str, Any]) -> None:
+        self.engine.load(checkpoint)
+        if self.ema:
+            weights = read_weights(checkpoint / WEIGHTS)
+            self.ema.load_whole({f"model.{name}": tensor for name, tensor in weights.items()})
+        self.schedule.load_state_dict(run["schedule"])
+        self.step, self.seconds = run["step"], run["seconds"]
+        self.best, self.evaluations = run["best"], run["evaluations"]
+        self.say(f"resumed {checkpoint} at step {self.step}")
+
+    # Training
+
+    def run(self, progress: bool = True) -> dict[str, Any]:
+        """Train to the end; returns what `egnscale train --json` prints."""
+        config, world = self.config, self.world
+        log = RunLog(self.directory, resume_step=self.step) if world.is_main else None
+        self.say(
+            f"{self.num_parameters:,} parameters, {len(self.train_store):,} structures, {world.size} rank(s), "
+            f"ZeRO-{config.parallel.zero}, {config.parallel.precision}, {self.total_steps} steps"
+        )
+        batches = self._batches()
+        loss = math.nan
+        with TrainingProgress(self.total_steps, enabled=progress and world.is_main, start=self.step) as bar:
+            while self.step < self.total_steps:
+                started = time.perf_counter()
+                self.engine.set_lr(config.optim.lr_initial * self.schedule.factor(self.step))
+                loss, structures, atoms, edges = self._train_step(batches)
+                self.step += 1
+                if self.ema:
+                    self.ema.update()
+                elapsed = time.perf_counter() - started
+                self.seconds += elapsed
+                last = self.step == self.total_steps
+                bar.update(self.step, loss=loss, atoms_per_second=atoms / elapsed)
+                if log and (self.step % config.task.log_every == 0 or last):
+                    log.train(
+                        self.step,
+                        epoch=self._epoch(),
+                        loss=loss,
+                        lr=config.optim.lr_initial * self.schedule.factor(self.step - 1),
+                        grad_norm=self.engine.gradient_norm(),
+                        structures_per_second=structures / elapsed,
+                        atoms_per_second=atoms / elapsed,
+                        edges_per_second=edges / elapsed,
+                        seconds=self.seconds,
+                    )
+                if self.step % config.task.eval_every == 0 or last:
+                    self._evaluate(log, all_splits=last)
+                if self.step % config.task.checkpoint_every == 0 or last:
+                    self._save()
+        if log:
+            log.close()
+            plot_training(self.directory)
+        return {
+            "output": str(self.directory),
+            "step": self.step,
+            "loss": loss,
+            "seconds": self.seconds,
+            "parameters": self.num_parameters,
+            "evaluations": self.evaluations,
+        }
+
+    def _epoch(self) -> float:
+        return self.step * self.config.optim.gradient_accumulation / len(self.sampler)
+
+    def _batches(self) -> Iterator[tuple[ExtendedGraph, AtomBatch]]:
+        """Batches without end, from where the run stands."""
+        epoch, position = divmod(self.step * self.config.optim.gradient_accumulation, len(self.sampler))
+        while True:
+            self.sampler.set_position(epoch, position)
+            yield from self._loader(self.train_store, self.sampler)
+            epoch, position = epoch + 1, 0
+
+    def _loader(self, store: Any, sampler: BalancedBatchSampler) -> Any:
+        pin = self.world.device.type == "cuda"
+        return make_loader(store, sampler, self.model_config, self.config.data.workers, pin)
+
+    def _train_step(self, batches: Iterator[tuple[ExtendedGraph, AtomBatch]]) -> tuple[float, float, float, float]:
+        """One optimizer step; returns the loss, structures, atoms and edges over all ranks."""
+        device, world = self.world.device, self.world
+        self.engine.train()
+        seen = torch.zeros(4, dtype=torch.float64, device=device)
+        accumulation = self.config.optim.gradient_accumulation
+        for _ in range(accumulation):
+            graph, batch = next(batches)
+            graph, batch = graph.to(device), batch.to(device)
+            local = torch.tensor(
+                [graph.num_systems, self.objective.trained_atoms(batch).sum(), graph.num_atoms, graph.num_edges],
+                dtype=torch.float64,
+                device=device,
+            )
+            total = sum_over_ranks(local)
+            # Sums divided by (global count / ranks) average over ranks to the global mean.
+            counts = (total[:2] / world.size).clamp(min=1e-12)
+            loss, prediction = self.engine(graph, batch, counts)
+            self._check_finite(loss, prediction, graph, batch)
+            self.engine.backward(loss)
+            self.engine.step()
+            seen += torch.stack([loss.detach().double() / accumulation, local[0], local[2], local[3]])
+        loss_sum, structures, atoms, edges = sum_over_ranks(seen).tolist()
+        return loss_sum / world.size, structures, atoms, edges
+
+    def _check_finite(self, loss: Tensor, prediction: Any, graph: ExtendedGraph, batch: AtomBatch) -> None:
+        """Stop every rank when any rank's loss is NaN or infinite, naming the structures."""
+        failed = sum_over_ranks((~torch.isfinite(loss.detach())).double())
+        if not failed:
+            return
+        names = []
+        if not torch.isfinite(loss.detach()):
+            names = non_finite(prediction, graph, batch) or batch.names
+        guilty = [name for part in gather_over_ranks(names) for name in part]
+        more = f" and {len(guilty) - 8} more" if len(guilty) > 8 else ""
+        raise ValueError(
+            f"the loss became {loss.item()} at step {self.step + 1} on {', '.join(guilty[:8])}{more}; "
+            "the last checkpoint is untouched "
+            "(lower optim.lr_initial, set optim.clip_grad_norm, or look at these structures)"
+        )
+
+    # Evaluation
+
+    def _evaluate(self, log: RunLog | None, *, all_splits: bool) -> None:
+        """Evaluate the (averaged) weights: the first split while training, all of them at the end."""
+        if not self.val_stores:
+            return
+        names = list(self.val_stores)
+        self.engine.train(False)
+        for name in names if all_splits else names[:1]:
+            metrics = self._evaluate_split(name, None if all_splits else self.config.task.eval_batches)
+            self.evaluations[name] = {"step": self.step, **metrics}
+            if log:
+                log.evaluation(self.step, name, metrics)
+            if name == names[0]:
+                value = metrics[self.config.task.primary_metric]
+                self.schedule.observe(value)
+                if value < self.best.get("value", math.inf):
+                    self.best = {"value": value, "step": self.step}
+        self.engine.train()
+
+    def _evaluate_split(self, name: str, max_batches: int | None) -> dict[str, float]:
+        store, optim = self.val_stores[name], self.config.optim
+        sampler = self._sampler(store, optim.eval_batch_size or optim.batch_size, shuffle=False)
+
+        def evaluate() -> dict[str, float]:
+            return evaluate_s2ef(
+                self._predict,
+                self._loader(store, sampler),
+                self.normalizer,
+                self.world.device,
+                free_atoms_only=self.config.task.eval_on_free_atoms,
+                max_batches=max_batches,
+                reduce=sum_over_ranks,
+            )
+
+        if self.ema is None:
+            return evaluate()
+        with self.ema.applied():
+            return evaluate()
+
+    def _predict(self, graph: ExtendedGraph) -> Any:
+        return self.engine.module.model(graph)
