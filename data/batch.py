@@ -61,9 +61,7 @@ class Collate:
         for sample in samples:
             highest = sample.atomic_numbers.max(initial=1)
             if highest > self.num_elements:
-                raise ValueError(
-                    f"{sample.name} holds atomic number {highest}; the model knows 1..{self.num_elements}"
-                )
+                raise ValueError(f"{sample.name} holds atomic number {highest}; the model knows 1..{self.num_elements}")
         return build_graph(samples, self.spec, self.dtype), _batch(samples)
 
 

@@ -82,18 +82,14 @@ class EdgeBuckets(NamedTuple):
         start = torch.cumsum(degree, 0) - degree
         width = (degree + multiple - 1) // multiple * multiple
         slots, masks, shapes = [], [], []
-        for d in torch.unique(width).tolist():
-            if d == 0:
-                continue
+        # Without any edge: one bucket of no atoms, so that every layer still runs.
+        for d in torch.unique(width[width > 0]).tolist() or [multiple]:
             atoms = torch.nonzero(width == d).flatten()
             column = torch.arange(d).expand(len(atoms), d)
             real = column < degree[atoms, None]
             slots.append((start[atoms, None] + torch.where(real, column, 0)).flatten())
             masks.append(real.flatten())
             shapes.append((len(atoms), d))
-        if not shapes:
-            empty = torch.zeros(0, dtype=torch.int64)
-            return cls(empty, empty, torch.zeros(0, dtype=torch.bool), ())
         slot, mask = torch.cat(slots), torch.cat(masks)
         rows = torch.empty(int(degree.sum()), dtype=torch.int64)
         rows[slot[mask]] = torch.nonzero(mask).flatten()
@@ -108,9 +104,9 @@ class EdgeBuckets(NamedTuple):
         return _TakeRows.apply(x, self.rows, self.slots)
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """(R, F) -> one (n, d, F) view for each bucket."""
+        """(R, ...) -> one (n, d, ...) view for each bucket."""
         sizes = [n * d for n, d in self.shapes]
-        return [part.view(n, d, -1) for part, (n, d) in zip(x.split(sizes), self.shapes, strict=True)]
+        return [part.view(n, d, *x.shape[1:]) for part, (n, d) in zip(x.split(sizes), self.shapes, strict=True)]
 
 
 class GraphPartition(Protocol):
