@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from ase.data import chemical_symbols
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -130,7 +131,10 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
         stores[name] = _describe(store)
     result = {"path": args.path, "verified": args.verify, "stores": stores}
     if not args.json:
-        Console().print(_table(result))
+        console = Console()
+        # A pipe has no width; the usual 80 columns would break the numbers.
+        console = console if console.is_terminal else Console(width=140)
+        console.print(_table(result))
         if args.verify:
             print("every record is as it was written")
     return result
@@ -138,11 +142,8 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
 
 def _find(path: Path) -> dict[str, Path]:
     """Name -> path of the stores at or below `path`."""
-    below = {
-        f"{task}/{child.parent.name}": child.parent
-        for task in TASKS
-        for child in sorted((path / task).glob("*/metadata.json"))
-    }
+    found = [file.parent for task in TASKS for file in sorted((path / task).glob("*/metadata.json"))]
+    below = {str(store.relative_to(path)): store for store in found}
     return below or {path.name: path}
 
 
@@ -166,12 +167,16 @@ def _describe(store: Store) -> dict[str, Any]:
 
 
 def _table(result: dict[str, Any]) -> Table:
+    columns = ("store", "structures", "systems", "atoms", "edges", "energy", "energy range", "force", "MB", "elements")
     table = Table(
         title=result["path"],
-        caption="energies in eV: mean ± std [min, max]; forces in eV/A: rms of the free atoms' components / largest norm",
+        caption="energy: mean ± std in eV; force: rms of free atoms' components, largest norm, in eV/A",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    for heading in ("store", "structures", "systems", "atoms", "edges", "energy", "force", "MB", "elements"):
-        table.add_column(heading, justify="left" if heading in ("store", "elements") else "right")
+    for column in columns:
+        text = column in ("store", "elements")
+        table.add_column(column, justify="left" if text else "right", no_wrap=column != "elements")
     for name, store in result["stores"].items():
         energy, forces = store["energy"], store["forces"]
         table.add_row(
@@ -180,8 +185,9 @@ def _table(result: dict[str, Any]) -> Table:
             f"{store['systems']:,}",
             f"{store['atoms']:,}",
             f"{store['edges']:,}",
-            "-" if energy is None else "{mean:.2f} ± {std:.2f} [{min:.2f}, {max:.2f}]".format(**energy),
-            "-" if forces is None else f"{forces['free']['rms']:.3f} / {forces['all']['max']:.1f}",
+            "-" if energy is None else f"{energy['mean']:.2f} ± {energy['std']:.2f}",
+            "-" if energy is None else f"{energy['min']:.2f} .. {energy['max']:.2f}",
+            "-" if forces is None else f"{forces['free']['rms']:.3f}, {forces['all']['max']:.1f}",
             f"{store['bytes'] / 1e6:.1f}",
             " ".join(store["elements"]),
         )
