@@ -59,12 +59,11 @@ def validation_splits(path: Path) -> dict[str, Path]:
     Raises:
         ValueError: if there is nothing to evaluate on.
     """
-    from egnscale.data.store import METADATA
 
-    if (path / METADATA).is_file():
+    if (path / "metadata.json").is_file():
         return {path.name: path}
     for root in (path, path / "s2ef"):
-        found = {store.parent.name: store.parent for store in sorted(root.glob(f"val_*/{METADATA}"))}
+        found = {store.parent.name: store.parent for store in sorted(root.glob("val_*/metadata.json"))}
         if found:
             order = ["val_id", "val_ood_ads", "val_ood_cat", "val_ood_both"]
             return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else 9))
