@@ -34,7 +34,7 @@ def small_model(*, fitted: bool = True, **hyperparameters: object) -> GemNetT:
     """fp64, with weights and (if fitted) scale factors that depend on nothing but `hyperparameters`."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = build_model(**SMALL, **hyperparameters).double()
+        model = build_model(**(SMALL | hyperparameters)).double()
         for module in model.modules():
             if fitted and isinstance(module, ScaleFactor):
                 module.scale_factor.uniform_(0.5, 2)
