@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,6 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
@@ -145,11 +145,11 @@ def _relax_all(
     if not missing:
         return
     # Spawned, also when there is one: every worker is the same fresh process, whatever the caller has loaded.
-    with mock.patch.dict(os.environ, _ONE_THREAD):
+    with _environment(_ONE_THREAD):
         pool = ProcessPoolExecutor(
             min(workers, len(missing)),
             mp_context=multiprocessing.get_context("spawn"),
-            initializer=_end_with_parent,
+            initializer=_start_worker,
         )
         futures = {pool.submit(_relax_one, folder, system, options): system for system in missing}
         try:
@@ -170,8 +170,20 @@ def _relax_all(
             pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """A worker waiting for work does not notice that its parent was killed; this thread does."""
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it: a worker waiting for work does not notice that it was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -165,7 +165,7 @@ def _hold_out(
 ) -> tuple[list[Item], list[Item]]:
     """Split items into (seen, held out), about a fifth held out, so that the seen ones contain every element."""
     wanted = max(1, round(_HELD_OUT_FRACTION * len(items)))
-    seen, held = list(items), []
+    seen, held = list(items), list[Item]()
     for i in rng.permutation(len(items)):
         rest = [item for item in seen if item != items[i]]
         if len(held) < wanted and set().union(*map(elements, rest)) >= elements(items[i]):

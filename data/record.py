@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 
@@ -89,7 +90,7 @@ def decode_sample(record: bytes | memoryview) -> Sample:
         raise ValueError("the record fails its checksum")
     start = _PREFIX.size + length
     header = json.loads(bytes(record[_PREFIX.size : start]))
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, dtype, shape in header.pop("arrays"):
         stored = np.frombuffer(record, dtype=dtype, count=int(np.prod(shape)), offset=start)
         fields[name] = stored.reshape(shape).astype(_IN_MEMORY[dtype])

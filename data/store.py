@@ -211,7 +211,7 @@ def _write_files(
     provenance: dict[str, Any],
     edges: Callable[[Sample], int],
 ) -> None:
-    summary, shards = Summary(), []
+    summary, shards = Summary(), list[dict[str, Any]]()
     stream = iter(samples)
     waiting = next(stream, None)
     if waiting is None:
@@ -241,8 +241,7 @@ def _write_files(
         "provenance": provenance,
     }
     columns = {name: np.array(summary.columns[name], dtype=dtype) for name, dtype in _COLUMNS.items()}
-    with open(directory / "metadata.npz", "wb") as file:
-        np.savez(file, **columns)
+    np.savez(directory / "metadata.npz", **columns)  # type: ignore[arg-type]
     (directory / "metadata.json").write_text(json.dumps(metadata, indent=1) + "\n")
     for name in ("metadata.npz", "metadata.json"):
         _sync(directory / name)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from egnscale.data.emt import TASKS, make_emt
-from egnscale.data.emt_systems import ADSORBATES, METALS, MIN_STRUCTURES, EmtOptions
+from egnscale.data.emt_systems import ADSORBATES, METALS, MIN_STRUCTURES, SPLITS, EmtOptions
 from egnscale.data.store import Store
 
 
@@ -142,7 +142,7 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
 
 def _find(path: Path) -> dict[str, Path]:
     """Name -> path of the stores at or below `path`."""
-    found = [file.parent for task in TASKS for file in sorted((path / task).glob("*/metadata.json"))]
+    found = [path / task / split for task in TASKS for split in SPLITS if (path / task / split).exists()]
     below = {str(store.relative_to(path)): store for store in found}
     return below or {path.name: path}
 
