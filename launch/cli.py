@@ -1,6 +1,6 @@
 """The `egnscale` command: one parser, one way to fail.
 
-A command is a module with `NAME`, `HELP`, `add_arguments(parser)` and `run(args) -> dict | None`. What `run` returns
+A command is a module with `add_arguments(parser)` and `run(args) -> dict | None`. What `run` returns
 is printed as one JSON object under `--json`; otherwise the command prints for people.
 Errors meant for people are ValueError and OSError: one line on standard error, exit status 1.
 """
@@ -19,7 +19,6 @@ COMMANDS = {
     "data": ("egnscale.launch.data_command", "make and inspect data sets"),
     "train": ("egnscale.launch.train_command", "train a model"),
     "evaluate": ("egnscale.launch.evaluate_command", "evaluate a checkpoint on a data set"),
-    "bench": ("egnscale.launch.bench_command", "measure speed and memory"),
 }
 
 
