@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -37,6 +38,8 @@ def segment_sum_backend(name: str, *, conservative: bool = False) -> SegmentSum:
         ) from error
 
     def scatter_sum(x: Tensor, index: Tensor, size: int) -> Tensor:
+        if x.dtype in (torch.bfloat16, torch.float16):  # as in `segment_sum`
+            x = x.float()
         first = pad(index.bincount(minlength=size).cumsum(0), (1, 0))
         return segment_csr(x, first)
 

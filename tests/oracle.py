@@ -27,6 +27,7 @@ class Triplets(NamedTuple):
     ba: Tensor  #: (Q,) int64, the edge that sends
     ca: Tensor  #: (Q,) int64, the edge that receives, ascending
     rank: Tensor  #: (Q,) int64, 0, 1, ... among the triplets of one receiving edge
+    most: int  #: K
 
 
 def list_triplets(graph: ExtendedGraph) -> Triplets:
@@ -37,7 +38,7 @@ def list_triplets(graph: ExtendedGraph) -> Triplets:
     ca, ba = pairs[pairs[:, 0] != pairs[:, 1]].unbind(1)
     count = torch.bincount(ca, minlength=graph.num_edges)
     rank = torch.arange(len(ca), device=ca.device) - (count.cumsum(0) - count)[ca]
-    return Triplets(ba, ca, rank)
+    return Triplets(ba, ca, rank, most=int(count.max()) if len(count) else 0)
 
 
 def gemnet(
@@ -50,7 +51,7 @@ def gemnet(
             product, as the public implementation does; otherwise sum triplet by triplet.
         triplets: those of `graph`, to keep their listing out of a measurement.
     """
-    ba, ca, rank = triplets or list_triplets(graph)
+    ba, ca, rank, most = triplets or list_triplets(graph)
     config, embedding = model.config, model.embedding
     source, target, edges = graph.source, graph.target, graph.num_edges
 
@@ -60,7 +61,6 @@ def gemnet(
     cosine = (direction[ca] * direction[ba]).sum(1).clamp(-1, 1)
     y = torch.stack([_circular_harmonic(l, cosine) for l in range(config.num_spherical)], dim=1)  # (Q, S)
     if padded_triplets:
-        most = int(rank.max()) + 1 if len(rank) else 0
         y = y.new_zeros(edges, most, config.num_spherical).index_put((ca, rank), y)
 
     def sum_of_triplets(x: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def _residuals(layers: nn.Module, x: Tensor) -> Tensor:
 
 
 def _scale(layer: nn.Module, x: Tensor) -> Tensor:
-    return x * layer.scale_factor if layer.scale_factor != 0 else x
+    return torch.where(layer.scale_factor == 0, x, x * layer.scale_factor)
 
 
 def _circular_harmonic(degree: int, cosine: Tensor) -> Tensor:

@@ -43,3 +43,5 @@ def test_torch_scatter_gives_the_native_sums_and_gradients() -> None:
         results.append((sums, *torch.autograd.grad(sums, x, weight)))
     torch.testing.assert_close(results[1], results[0])
     assert not results[0][0][[0, 3, 4, 6]].any()
+    half = segment_sum_backend("torch_scatter")(torch.ones(1000, 1, dtype=torch.bfloat16), torch.zeros(1000).long(), 1)
+    assert half.item() == 1000
