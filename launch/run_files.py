@@ -36,12 +36,12 @@ class TrainedModel:
     path: Path
 
 
-def run_record(config: GemNetConfig, normalizer: Normalizer, **state: Any) -> dict[str, Any]:
+def run_record(model: GemNetConfig, normalizer: Normalizer, **state: Any) -> dict[str, Any]:
     """The content of run.json."""
     return {
         "format": FORMAT,
         "versions": {name: version(name) for name in ("egnscale", "torch", "deepspeed")},
-        "model": asdict(config),
+        "model": asdict(model),
         "normalizer": asdict(normalizer),
         **state,
     }
@@ -54,6 +54,7 @@ def save_weights(path: Path, weights: Iterable[tuple[str, Tensor]], model: torch
         for name, buffer in model.named_buffers():
             tensors[name] = buffer.detach().float().cpu().contiguous()
         save_file(tensors, path)
+        path.chmod(0o644)  # as the other files; safetensors leaves it to its owner alone
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

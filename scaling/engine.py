@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,11 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # 
 from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
 
 deepspeed_logger.setLevel(logging.WARNING)
+# DeepSpeed calls collectives under names that torch has begun to rename: nothing a user can act on.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
     """DeepSpeed's files, read without executing what they hold: only tensors, plain containers and loss scalers."""
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum]):
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
             return torch.load(path, map_location=map_location, weights_only=True)
 
 
@@ -210,6 +214,10 @@ class Engine:
     def save(self, directory: Path) -> None:
         """Write parameters and optimizer state. Collective."""
         self._engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
+        if self.world.is_main:
+            # DeepSpeed adds programs that consolidate its files; model.safetensors beside them is consolidated.
+            for script in directory.glob("zero_to_*.py"):
+                script.unlink()
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote, under the same ZeRO stage and number of ranks. Collective.
