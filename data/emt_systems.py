@@ -189,6 +189,8 @@ def _deal(items: list[Item], count: int, elements: Callable[[Item], set[str]], r
 
 
 def _check_names(what: str, names: Sequence[str], known: Iterable[str]) -> None:
+    if not names:
+        raise ValueError(f"no {what} given; choose from {', '.join(known)}")
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"unknown {what} {', '.join(unknown)}; choose from {', '.join(known)}")
