@@ -126,11 +126,12 @@ def test_options_that_make_no_sense(changes: dict[str, Any], message: str) -> No
 # -------------------------------------------------------------------------------------------------- slabs, placing
 
 
-@pytest.mark.parametrize("facet", FACETS)
-@pytest.mark.parametrize("size", [(3, 2, 3), *SIZES])
+# A step of fcc211 is three atoms long.
+@pytest.mark.parametrize(
+    ("facet", "size"),
+    [(facet, size) for facet in FACETS for size in [(3, 2, 3), *SIZES] if facet != "fcc211" or size[0] % 3 == 0],
+)
 def test_slabs_are_tagged_and_fixed_as_oc20_does(facet: str, size: tuple[int, int, int]) -> None:
-    if facet == "fcc211" and size[0] % 3:
-        pytest.skip("a step of fcc211 is three atoms long")
     system = System(0, "train", (("Cu", 3), ("Pt", 1)), facet, size, "CO", "top")
     slab = clean_slab(system, generator(0, 0))
     assert len(slab) == np.prod(size)
@@ -300,6 +301,13 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def _alive(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_a_killed_build_goes_on(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "egnscale.launch.cli", "data", "make", str(out), *COMMAND, "--workers", "2"]
@@ -318,9 +326,7 @@ def test_a_killed_build_goes_on(made: Path, tmp_path: Path) -> None:
         build.send_signal(signal.SIGKILL)
         build.wait()
     assert not (out / "build.json").exists()
-    while any(
-        Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text() for pid in workers
-    ):
+    while any(_alive(pid) for pid in workers):
         assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.05)
     with pytest.raises(ValueError, match="begun with seed 5, not 6"):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from egnscale.data import record, store
+from egnscale.data import record, store_writer
 from egnscale.data.neighbors import count_edges
 from egnscale.data.record import decode_sample, encode_sample
 from egnscale.data.sample import Sample
@@ -100,10 +100,10 @@ def test_every_damaged_byte_of_a_record_is_noticed() -> None:
     for at in range(len(good)):
         bad = bytearray(good)
         bad[at] ^= 0x10
-        with pytest.raises(ValueError, match="not an egnscale record|format version|checksum"):
+        with pytest.raises(ValueError, match=r"not an egnscale record|format version|checksum"):
             decode_sample(bytes(bad))
     for length in range(len(good)):
-        with pytest.raises(ValueError, match="cut short|checksum"):
+        with pytest.raises(ValueError, match=r"cut short|checksum"):
             decode_sample(good[:length])
 
 
@@ -154,8 +154,8 @@ def test_what_is_not_known_is_null(tmp_path: Path) -> None:
 def test_the_map_grows_and_the_file_is_not_sparse(
     tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_FIRST_MAP_SIZE", 32 << 10)
-    monkeypatch.setattr(store, "_BATCH_BYTES", 8 << 10)
+    monkeypatch.setattr(store_writer, "_FIRST_MAP_SIZE", 32 << 10)
+    monkeypatch.setattr(store_writer, "_BATCH_BYTES", 8 << 10)
     many = [replace(samples[i % 25], fid=i) for i in range(500)]
     write_store(tmp_path / "set", many, edges=lambda sample: 1)
     read = Store(tmp_path / "set")
