@@ -75,7 +75,8 @@ def radius_graph(samples: Sequence[Sample], spec: GraphSpec) -> Edges:
     cells = np.stack([sample.cell for sample in samples]) if samples else np.zeros((0, 3, 3))
     owner = np.repeat(np.arange(len(samples)), [sample.num_atoms for sample in samples])
     if spec.max_neighbors is not None:
-        keep = _nearest(target, distance, vector, cells[owner[target]], spec.max_neighbors, num_atoms)
+        rank = _rank_of_ties(vector, cells, owner[target])
+        keep = _nearest(target, distance, rank, spec.max_neighbors, num_atoms)
         source, target, image = source[keep], target[keep], image[keep]
     source, target, image = _symmetrize(source, target, image, spec.symmetrize)
     order = np.lexsort((image[:, 2], image[:, 1], image[:, 0], source, target))
@@ -124,8 +125,16 @@ def _candidates(samples: Sequence[Sample], cutoff: float) -> tuple[np.ndarray, .
     return source, target, image, distance, vector
 
 
+def _rank_of_ties(vector: np.ndarray, cells: np.ndarray, system: np.ndarray) -> np.ndarray:
+    """TIE_DIRECTION . (fractional coordinates of `vector`), in one product: v inv(cell) . t = v . (inv(cell) t)."""
+    full = np.abs(np.linalg.det(cells)) > 1e-9
+    frames = np.where(full[:, None, None], cells, np.eye(3))
+    form = np.linalg.solve(frames, np.broadcast_to(TIE_DIRECTION[:, None], (len(cells), 3, 1)))[..., 0]
+    return np.einsum("ei,ei->e", vector, form[system])
+
+
 def _nearest(
-    target: np.ndarray, distance: np.ndarray, vector: np.ndarray, cell: np.ndarray, count: int, num_atoms: int
+    target: np.ndarray, distance: np.ndarray, rank_of_ties: np.ndarray, count: int, num_atoms: int
 ) -> np.ndarray:
     """Indices of the edges that are among the `count` nearest of their target."""
     degree = np.bincount(target, minlength=num_atoms)
@@ -137,10 +146,7 @@ def _nearest(
     order = crowded[np.lexsort((distance[crowded], target[crowded]))]
     start = np.r_[True, np.diff(target[order]) != 0]
     shell = np.cumsum(start | (np.diff(distance[order], prepend=-np.inf) > TIE_TOLERANCE))
-    full = np.abs(np.linalg.det(cell[order])) > 1e-9
-    frame = np.where(full[:, None, None], cell[order], np.eye(3))
-    fractional = np.linalg.solve(frame.transpose(0, 2, 1), vector[order][..., None])[..., 0]
-    order = order[np.lexsort((fractional @ TIE_DIRECTION, shell))]
+    order = order[np.lexsort((rank_of_ties[order], shell))]
     first = np.flatnonzero(np.r_[True, np.diff(target[order]) != 0])
     rank = np.arange(len(order)) - np.repeat(first, np.diff(np.r_[first, len(order)]))
     keep[order[rank < count]] = True
