@@ -123,8 +123,7 @@ def relax(atoms: Atoms, fmax: float, max_steps: int) -> list[Frame]:
     # of a system would depend on what its worker did before.
     atoms.calc = _Emt()
     return [
-        # EMT reuses its arrays from step to step.
-        Frame(atoms.positions.copy(), atoms.get_potential_energy(), atoms.get_forces(apply_constraint=False).copy())
+        Frame(atoms.positions.copy(), atoms.get_potential_energy(), atoms.get_forces(apply_constraint=False))
         for _ in LBFGS(atoms, logfile=None).irun(fmax=fmax, steps=max_steps)
     ]
 

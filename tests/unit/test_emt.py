@@ -91,6 +91,13 @@ def test_splits_are_what_their_names_say(structures: int, seed: int) -> None:
     assert 0.65 < sum(system.split == "train" for system in plan.systems) / structures < 0.75
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_the_only_bearer_of_an_element_stays_in_training(seed: int) -> None:
+    plan = plan_systems(EmtOptions(seed=seed, adsorbates=("N", "CO", "C", "O", "H")))
+    assert len(plan.held_out_adsorbates) == 1
+    assert not {"N", "H"} & set(plan.held_out_adsorbates)
+
+
 def test_the_seed_decides() -> None:
     one, same, other = (plan_systems(EmtOptions(seed=seed)) for seed in (0, 0, 1))
     assert one == same
