@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     from egnscale.data.sampler import BalancedBatchSampler
     from egnscale.launch.evaluation import evaluate_s2ef
-    from egnscale.launch.loading import make_loader, open_labelled
+    from egnscale.launch.loading import make_loader, open_labelled, validation_splits
     from egnscale.launch.reporting import s2ef_table
     from egnscale.launch.run_files import load_trained
 
@@ -51,22 +51,3 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         Console().print(s2ef_table(results))
     return {"checkpoint": str(trained.path), "step": trained.run["step"], "splits": results}
-
-
-def validation_splits(path: Path) -> dict[str, Path]:
-    """{name: store}: the path itself if it is a store, else its `val_*` stores (of `path` or `path`/s2ef).
-
-    Raises:
-        ValueError: if there is nothing to evaluate on.
-    """
-
-    if (path / "metadata.json").is_file():
-        return {path.name: path}
-    for root in (path, path / "s2ef"):
-        found = {store.parent.name: store.parent for store in sorted(root.glob("val_*/metadata.json"))}
-        if found:
-            order = ["val_id", "val_ood_ads", "val_ood_cat", "val_ood_both"]
-            return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else 9))
-    raise ValueError(
-        f"{path} is no store of egnscale, and holds no val_* stores" if path.exists() else f"no data at {path}"
-    )

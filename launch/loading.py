@@ -57,3 +57,25 @@ def sizes_for_balance(store: Store, rule: str) -> np.ndarray:
     if rule == "none":
         return np.ones(len(store))
     return store.num_edges if rule == "edges" else store.num_atoms
+
+
+#: OC20's validation splits, in the order in which they are reported.
+SPLIT_ORDER = ("val_id", "val_ood_ads", "val_ood_cat", "val_ood_both")
+
+
+def validation_splits(path: Path) -> dict[str, Path]:
+    """{name: store}: the path itself if it is a store, else the `val_*` stores in it (or in its `s2ef`).
+
+    Raises:
+        ValueError: if there is nothing to evaluate on.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    if (path / "metadata.json").is_file():
+        return {path.name: path}
+    for root in (path, path / "s2ef"):
+        found = {file.parent.name: file.parent for file in sorted(root.glob("val_*/metadata.json"))}
+        if found:
+            known = [name for name in SPLIT_ORDER if name in found]
+            return {name: found[name] for name in [*known, *(name for name in found if name not in known)]}
+    raise ValueError(f"{path} is no store of egnscale, and holds no val_* stores")

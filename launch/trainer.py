@@ -23,12 +23,12 @@ from egnscale.data.batch import AtomBatch, Collate
 from egnscale.data.sampler import BalancedBatchSampler
 from egnscale.launch.config import RunConfig
 from egnscale.launch.evaluation import evaluate_s2ef, non_finite
-from egnscale.launch.loading import graph_spec, make_loader, open_labelled, sizes_for_balance
+from egnscale.launch.loading import graph_spec, make_loader, open_labelled, sizes_for_balance, validation_splits
 from egnscale.launch.reporting import RunLog, TrainingProgress, plot_training
 from egnscale.launch.run_files import RUN, WEIGHTS, read_run, read_weights, run_record, save_weights
 from egnscale.launch.schedules import build_schedule
 from egnscale.launch.tasks import S2EF, Normalizer
-from egnscale.models import ExtendedGraph, build_model, count_parameters, model_config
+from egnscale.models import ExtendedGraph, Prediction, build_model, count_parameters, model_config
 from egnscale.models.scale_factors import fit_scale_factors
 from egnscale.scaling.checkpoint import LATEST, find_checkpoint, save_checkpoint, verify_checkpoint, write_text
 from egnscale.scaling.ds_config import complete_ds_config, read_ds_config
@@ -75,7 +75,7 @@ class Trainer:
         self.model_config = model_config(config.model.preset, **config.model.hyperparameters())
         self.train_store = open_labelled(config.data.train, self.model_config.num_elements)
         self.val_stores = {
-            name: open_labelled(path, self.model_config.num_elements) for name, path in config.data.val_splits().items()
+            name: open_labelled(path, self.model_config.num_elements) for name, path in self._val_splits().items()
         }
         resumed = self._find_resumed(resume)
         self.normalizer = self._normalizer(resumed)
@@ -86,9 +86,10 @@ class Trainer:
                 f"{world.size} ranks"
             )
         self.total_steps = self._total_steps()
-        self.schedule = build_schedule(config.optim.scheduler, self.total_steps)
+        schedule = config.optim.scheduler.model_dump()
+        self.schedule = build_schedule(schedule.pop("name"), self.total_steps, **schedule)
 
-        torch.manual_seed(config.task.seed)
+        torch.manual_seed(config.task.seed)  # the same weights on every rank
         model = build_model(self.model_config)
         self.objective = S2EF(
             model,
@@ -144,6 +145,14 @@ class Trainer:
                     "start it the same way"
                 )
         return checkpoint, run
+
+    def _val_splits(self) -> dict[str, Path]:
+        """The stores to validate on; a directory of `val_*` stores stands for all of them."""
+        splits: dict[str, Path] = {}
+        for name, path in self.config.data.val.items():
+            found = validation_splits(path)
+            splits |= found if len(found) > 1 or name == "val" else {name: next(iter(found.values()))}
+        return splits
 
     def _layout(self) -> dict[str, Any]:
         """What a checkpoint of DeepSpeed's, or the order of the data, depends on."""
@@ -211,6 +220,7 @@ class Trainer:
     # Checkpoints
 
     def _save(self) -> None:
+        """Write a checkpoint of this step; the best one so far is kept besides the last few."""
         record = run_record(
             self.model_config,
             self.normalizer,
@@ -233,11 +243,12 @@ class Trainer:
 
         save_checkpoint(
             self.checkpoints,
-            f"step_{self.step:08d}",
+            _checkpoint_name(self.step),
             write,
             is_main=self.world.is_main,
             agree=gather_over_ranks,
             keep_last=self.config.task.keep_last,
+            keep={_checkpoint_name(self.best["step"])} if self.best else set(),
         )
 
     def _load(self, checkpoint: Path, run: dict[str, Any]) -> None:
@@ -286,9 +297,8 @@ class Trainer:
                         edges_per_second=edges / elapsed,
                         seconds=self.seconds,
                     )
-                if self.step % config.task.eval_every == 0 or last:
-                    self._evaluate(log, all_splits=last)
-                if self.step % config.task.checkpoint_every == 0 or last:
+                improved = (self.step % config.task.eval_every == 0 or last) and self._evaluate(log, all_splits=last)
+                if self.step % config.task.checkpoint_every == 0 or improved or last:
                     self._save()
         if log:
             log.close()
@@ -342,7 +352,7 @@ class Trainer:
         loss_sum, structures, atoms, edges = sum_over_ranks(seen).tolist()
         return loss_sum / world.size, structures, atoms, edges
 
-    def _check_finite(self, loss: Tensor, prediction: Any, graph: ExtendedGraph, batch: AtomBatch) -> None:
+    def _check_finite(self, loss: Tensor, prediction: Prediction, graph: ExtendedGraph, batch: AtomBatch) -> None:
         """Stop every rank when any rank's loss is NaN or infinite, naming the structures."""
         failed = sum_over_ranks((~torch.isfinite(loss.detach())).double())
         if not failed:
@@ -360,10 +370,12 @@ class Trainer:
 
     # Evaluation
 
-    def _evaluate(self, log: RunLog | None, *, all_splits: bool) -> None:
-        """Evaluate the (averaged) weights: the first split while training, all of them at the end."""
-        if not self.val_stores:
-            return
+    def _evaluate(self, log: RunLog | None, *, all_splits: bool) -> bool:
+        """Evaluate the (averaged) weights: the first split while training, all of them at the end.
+
+        Returns whether the first split's primary metric is the best so far.
+        """
+        improved = False
         names = list(self.val_stores)
         self.engine.train(False)
         for name in names if all_splits else names[:1]:
@@ -371,12 +383,17 @@ class Trainer:
             self.evaluations[name] = {"step": self.step, **metrics}
             if log:
                 log.evaluation(self.step, name, metrics)
-            if name == names[0]:
-                value = metrics[self.config.task.primary_metric]
+            # Only like is compared with like: a part of the split is not the whole.
+            if name == names[0] and (not all_splits or self.config.task.eval_batches is None):
+                metric = self.config.task.primary_metric
+                # Errors are better low; a fraction within a threshold is better high.
+                value = -metrics[metric] if metric.endswith("within_threshold") else metrics[metric]
                 self.schedule.observe(value)
-                if value < self.best.get("value", math.inf):
+                improved = value < self.best.get("value", math.inf)
+                if improved:
                     self.best = {"value": value, "step": self.step}
         self.engine.train()
+        return improved
 
     def _evaluate_split(self, name: str, max_batches: int | None) -> dict[str, float]:
         store, optim = self.val_stores[name], self.config.optim
@@ -398,5 +415,9 @@ class Trainer:
         with self.ema.applied():
             return evaluate()
 
-    def _predict(self, graph: ExtendedGraph) -> Any:
-        return self.engine.module.model(graph)
+    def _predict(self, graph: ExtendedGraph) -> Prediction:
+        return self.objective.model(graph)
+
+
+def _checkpoint_name(step: float) -> str:
+    return f"step_{int(step):08d}"

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def save_checkpoint(
     is_main: bool,
     agree: Callable[[str], list[str]],
     keep_last: int | None = None,
+    keep: Collection[str] = (),
 ) -> Path:
     """Write one checkpoint. Collective.
 
@@ -60,6 +61,7 @@ def save_checkpoint(
         is_main: whether this rank does what is done once.
         agree: shares a short text with all ranks and returns everybody's; it also keeps ranks in step.
         keep_last: how many checkpoints to leave (None: all).
+        keep: names that are left besides.
 
     Raises:
         OSError: on every rank, if any rank could not write; the previous checkpoint and `latest` are untouched.
@@ -94,13 +96,14 @@ def save_checkpoint(
         for directory in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
             _sync(directory)
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         os.replace(temporary, final)
         _sync(root)
         write_text(root / LATEST, name)
         if keep_last is not None:
             for old in sorted(path for path in root.glob("step_*") if path.is_dir())[:-keep_last]:
-                shutil.rmtree(old)
+                if old.name not in keep:
+                    _remove(old)
 
     attempt(prepare if is_main else lambda: None)
     attempt(lambda: write(temporary))
@@ -150,6 +153,13 @@ def verify_checkpoint(path: Path, *, checksums: bool = True) -> None:
             )
         if checksums and _crc32(file) != expected["crc32"]:
             raise ValueError(f"checkpoint file {file} is damaged: its checksum differs from the manifest")
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; killed in between, what is left is hidden and goes with the next one written."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+    os.replace(checkpoint, hidden)
+    shutil.rmtree(hidden)
 
 
 def _crc32(path: Path) -> int:
