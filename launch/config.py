@@ -1,0 +1,366 @@
+"""The configuration of a run: five sections, each key said once, checked before anything is loaded.
+
+    config = load_config(Path("run.yaml"), ["optim.lr_initial=1e-4", "model.preset=gemnet-dt"])
+
+Model keys carry the names published with GemNet, so the model block of an OC20 YAML can be pasted in. DeepSpeed's own
+settings are not spelt again here: `parallel.deepspeed` refers to DeepSpeed's JSON.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from egnscale.launch.config_file import apply_overrides, explain, known_keys, read_mapping
+
+#: Names that OC20's YAMLs and other programs use for what has another name, or another place, here.
+_ELSEWHERE = {
+    "amp": "parallel.precision",
+    "base_lr": "optim.lr_initial",
+    "checkpoint_dir": "task.output",
+    "dataset": "data.train",
+    "dtype": "parallel.precision",
+    "epochs": "optim.max_epochs",
+    "eta_min": "optim.scheduler.min_factor",
+    "force_loss_weight": "task.force_coefficient",
+    "learning_rate": "optim.lr_initial",
+    "lr": "optim.lr_initial",
+    "lr_gamma": "optim.scheduler.gamma",
+    "lr_milestones": "optim.scheduler.milestones",
+    "min_lr": "optim.scheduler.min_factor",
+    "num_workers": "data.workers",
+    "optimizer": "optim",
+    "primary": "task.primary_metric",
+    "run_dir": "task.output",
+    "src": "data.train",
+    "steps": "optim.max_steps",
+    "zero_optimization": "parallel.zero",
+    "zero_stage": "parallel.zero",
+}
+
+
+def _whole(value: Any) -> Any:
+    """1e6 is a whole number; true is none."""
+    if isinstance(value, bool):
+        raise ValueError("expected a whole number")
+    return int(value) if isinstance(value, float) and math.isfinite(value) and value == int(value) else value
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
+def _by_name(value: Any) -> Any:
+    """`scheduler: cosine` is short for `scheduler: {name: cosine}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Size = Annotated[Whole, Field(gt=0)]
+Count = Annotated[Whole, Field(ge=0)]
+Real = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
+Positive = Annotated[Real, Field(gt=0)]
+NotNegative = Annotated[Real, Field(ge=0)]
+Flag = Annotated[bool, Field(strict=True)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+
+
+class RadialBasis(_Section):
+    """`model.rbf`."""
+
+    name: Literal["gaussian", "spherical_bessel"] = Field("gaussian", description="radial basis")
+
+
+class Envelope(_Section):
+    """`model.envelope`."""
+
+    name: Literal["polynomial"] = Field("polynomial", description="form of the smooth cutoff")
+    exponent: Size = Field(5, description="exponent of the polynomial envelope")
+
+
+class CircularBasis(_Section):
+    """`model.cbf`."""
+
+    name: Literal["spherical_harmonics"] = Field("spherical_harmonics", description="basis in the triplets' angle")
+
+
+class ModelConfig(_Section):
+    """`model`: a preset, hyperparameters, or a preset with some of its hyperparameters replaced.
+
+    What is not given is None here and takes the preset's or GemNet's value when the model is built.
+    """
+
+    preset: str | None = Field(None, description="name of published sizes, such as gemnet-dt")
+    name: Literal["gemnet_t"] = Field("gemnet_t", description="architecture; OC20's gp_gemnet_t is the same one")
+    num_spherical: Size | None = Field(None, description="angular basis functions; 7")
+    num_radial: Size | None = Field(None, description="radial basis functions; 128")
+    num_blocks: Size | None = Field(None, description="interaction blocks")
+    emb_size_atom: Size | None = Field(None, description="width of atom features")
+    emb_size_edge: Size | None = Field(None, description="width of edge features")
+    emb_size_trip: Size | None = Field(None, description="width of edge features within the triplet interaction")
+    emb_size_bil_trip: Size | None = Field(None, description="width after the bilinear layer of the triplets")
+    emb_size_rbf: Size | None = Field(None, description="width of the embedded radial basis; 16")
+    emb_size_cbf: Size | None = Field(None, description="width of the embedded circular basis; 16")
+    num_before_skip: Size | None = Field(None, description="residual layers before the first skip connection; 1")
+    num_after_skip: Size | None = Field(None, description="residual layers after the first skip connection; 2")
+    num_concat: Size | None = Field(None, description="residual layers after the atoms entered the edges; 1")
+    num_atom: Size | None = Field(None, description="residual layers of atom features; 3")
+    num_elements: Size | None = Field(None, description="atomic numbers 1..num_elements can be embedded; 83")
+    cutoff: Positive | None = Field(None, description="neighbours are nearer than this, A; 6.0")
+    max_neighbors: Size | None = Field(None, description="nearest neighbours kept for each atom, null for all; 50")
+    symmetrize: Literal["union", "oc20"] | None = Field(None, description="how directed edges are paired; union")
+    rbf: Annotated[RadialBasis, BeforeValidator(_by_name)] | None = Field(None, description="radial basis; gaussian")
+    envelope: Annotated[Envelope, BeforeValidator(_by_name)] | None = Field(None, description="smooth cutoff")
+    cbf: Annotated[CircularBasis, BeforeValidator(_by_name)] | None = Field(None, description="circular basis")
+    extensive: Flag | None = Field(None, description="the energy is a sum over atoms, not their mean; true")
+    output_init: Literal["HeOrthogonal", "zeros"] | None = Field(None, description="start of the last layers")
+    segment_sum: Literal["native", "torch_scatter"] | None = Field(None, description="kernel of edge sums; native")
+    triplet_form: Literal["auto", "harmonic", "block"] | None = Field(None, description="form of triplet sums; auto")
+    activation: Literal["silu"] = Field("silu", description="activation function; GemNet's scaled SiLU")
+    otf_graph: Flag = Field(True, description="accepted from OC20's YAMLs; graphs are always built while reading")
+    use_pbc: Flag = Field(True, description="accepted from OC20's YAMLs; each structure says what is periodic")
+    regress_forces: Flag = Field(True, description="predict forces")
+    direct_forces: Flag = Field(True, description="predict forces by their own head, not as a gradient")
+    scale_file: None = Field(None, description="null; scale factors are fitted before training")
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """What was given, under the names of `egnscale.models.GemNetConfig`; the preset is not among it."""
+        values = {name: getattr(self, name) for name in sorted(self.model_fields_set - _NOT_HYPERPARAMETERS)}
+        if "rbf" in values:
+            values["rbf"] = values["rbf"].name
+        if "envelope" in values:
+            values["envelope_exponent"] = values.pop("envelope").exponent
+        return values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _supported(cls, value: Any, info: ValidationInfo) -> Any:
+        name = info.field_name
+        if value is None and name not in ("preset", "max_neighbors", "scale_file"):
+            raise ValueError("leave the key out to have its default")
+        if name == "name" and value == "gp_gemnet_t":
+            return "gemnet_t"
+        if name == "scale_file" and value is not None:
+            raise ValueError("scale factors are fitted in-process before training and stored in the checkpoint")
+        if name == "direct_forces" and value is False:
+            raise ValueError("conservative forces are not available for gemnet_t in this version")
+        if name == "regress_forces" and value is False:
+            raise ValueError("models without forces are not available in this version")
+        if name == "use_pbc" and value is False:
+            raise ValueError("each structure says itself along which axes it is periodic (pbc)")
+        if name == "activation" and value != "silu":
+            raise ValueError("only silu is available, GemNet's own choice")
+        if name == "cbf" and (value.get("name") if isinstance(value, dict) else value) == "gaussian":
+            raise ValueError("triplet sums without triplets need spherical_harmonics")
+        return value
+
+
+#: Keys of `model` that no model takes: they choose it, or have the one value that is supported.
+_NOT_HYPERPARAMETERS = {
+    *("preset", "name", "cbf", "activation", "otf_graph", "use_pbc", "regress_forces", "direct_forces", "scale_file")
+}
+
+
+class DataConfig(_Section):
+    """`data`."""
+
+    train: Path = Field(description="data set to train on")
+    val: dict[str, Path] = Field(default_factory=dict, description="data set to validate on, or split name: data set")
+    workers: Count = Field(2, description="loader processes per rank; 0 reads in the training process")
+
+    @field_validator("val", mode="before")
+    @classmethod
+    def _one_split(cls, value: Any) -> Any:
+        if value is None:
+            return {}
+        return {"val": value} if isinstance(value, str | Path) else value
+
+
+class Normalizer(_Section):
+    """Targets are learnt as (value - mean) / std; the mean of forces is zero."""
+
+    energy_mean: Real = Field(description="eV")
+    energy_std: Positive = Field(description="eV")
+    force_std: Positive = Field(description="eV/A")
+
+
+class TaskConfig(_Section):
+    """`task`."""
+
+    name: Literal["s2ef"] = Field("s2ef", description="structure to energy and forces")
+    output: Path = Field(description="directory of the run: logs, plots and checkpoints")
+    seed: Count = Field(0, description="of weights and shuffling")
+    energy_coefficient: NotNegative = Field(1.0, description="weight of the energy in the loss")
+    force_coefficient: NotNegative = Field(100.0, description="weight of the forces in the loss")
+    train_on_free_atoms: Flag = Field(True, description="the loss leaves out forces on fixed atoms")
+    eval_on_free_atoms: Flag = Field(True, description="metrics leave out forces on fixed atoms")
+    normalizer: Annotated[
+        Annotated[Literal["auto"], Tag("auto")] | Annotated[Normalizer, Tag("given")],
+        Discriminator(lambda value: "given" if isinstance(value, dict | Normalizer) else "auto"),
+    ] = Field("auto", description="auto takes mean and deviation from the training set; or give all three")
+    eval_every: Size = Field(5000, description="steps between evaluations")
+    eval_batches: Size | None = Field(None, description="batches per evaluation and split; null for all")
+    checkpoint_every: Size = Field(5000, description="steps between checkpoints")
+    keep_last: Size = Field(3, description="checkpoints kept besides the best one")
+    log_every: Size = Field(10, description="steps between rows of the log")
+    primary_metric: Literal["forces_mae", "energy_mae", "energy_forces_within_threshold"] = Field(
+        "forces_mae", description="chooses the best checkpoint and drives the plateau schedule"
+    )
+
+
+class _Warmup(_Section):
+    warmup_steps: Count = Field(0, description="steps of linear warm-up; 0 for none")
+    warmup_factor: Annotated[Real, Field(ge=0, le=1)] = Field(0.2, description="fraction of the rate at step 0")
+
+
+class ConstantScheduler(_Warmup):
+    """`optim.scheduler` with name: constant."""
+
+    name: Literal["constant"] = Field("constant", description="learning-rate schedule")
+
+
+class PlateauScheduler(_Warmup):
+    """`optim.scheduler` with name: plateau, as OC20's GemNet."""
+
+    name: Literal["plateau"] = Field("plateau", description="learning-rate schedule")
+    factor: Annotated[Real, Field(gt=0, lt=1)] = Field(0.8, description="multiplies the rate on a plateau")
+    patience: Count = Field(3, description="evaluations without improvement that are tolerated")
+    min_factor: Annotated[Real, Field(ge=0, le=1)] = Field(0.0, description="lowest rate, fraction of lr_initial")
+
+
+class CosineScheduler(_Warmup):
+    """`optim.scheduler` with name: cosine."""
+
+    name: Literal["cosine"] = Field("cosine", description="learning-rate schedule")
+    min_factor: Annotated[Real, Field(ge=0, le=1)] = Field(0.0, description="last rate, fraction of lr_initial")
+
+
+class MultiStepScheduler(_Warmup):
+    """`optim.scheduler` with name: multistep, as OC20's DimeNet++."""
+
+    name: Literal["multistep"] = Field("multistep", description="learning-rate schedule")
+    milestones: list[Size] = Field(description="steps at which the rate is multiplied by gamma")
+    gamma: Annotated[Real, Field(gt=0, le=1)] = Field(0.1, description="multiplies the rate at each milestone")
+
+
+def _named_schedule(value: Any) -> Any:
+    value = _by_name(value)
+    return {"name": "plateau", **value} if isinstance(value, dict) else value
+
+
+class OptimConfig(_Section):
+    """`optim`: AdamW and the length of the run."""
+
+    batch_size: Size = Field(description="structures per data-parallel rank and micro-batch")
+    eval_batch_size: Size | None = Field(None, description="the same in evaluation; null for batch_size")
+    gradient_accumulation: Size = Field(1, description="micro-batches per step")
+    max_steps: Size | None = Field(None, description="length of the run in steps; or give max_epochs")
+    max_epochs: Size | None = Field(None, description="length of the run in epochs; or give max_steps")
+    lr_initial: Positive = Field(description="learning rate after warm-up, before the schedule lowers it")
+    weight_decay: NotNegative = Field(
+        description="a number, always written out; 0.01 reproduces the published OC20 runs, whose missing or zero "
+        "value left AdamW's default 0.01 in force"
+    )
+    betas: tuple[Annotated[Real, Field(ge=0, lt=1)], Annotated[Real, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="AdamW's two decay rates"
+    )
+    eps: Positive = Field(1e-8, description="AdamW's epsilon")
+    amsgrad: Flag = Field(False, description="AMSGrad variant of AdamW, as OC20's GemNet")
+    scheduler: Annotated[
+        Annotated[
+            ConstantScheduler | PlateauScheduler | CosineScheduler | MultiStepScheduler, Field(discriminator="name")
+        ],
+        BeforeValidator(_named_schedule),
+    ] = Field(default_factory=PlateauScheduler, description="constant, plateau, cosine or multistep, with its settings")
+    ema_decay: Annotated[Real, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of the averaged weights that are evaluated; null for none; OC20 0.999"
+    )
+    clip_grad_norm: Positive | None = Field(None, description="largest gradient norm; null for no clipping; OC20 10")
+    load_balancing: Literal["edges", "atoms", "none"] = Field("edges", description="what replicas share evenly")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> OptimConfig:
+        if (self.max_steps is None) == (self.max_epochs is None):
+            given = "neither" if self.max_steps is None else "both"
+            raise ValueError(f"{given} of max_steps and max_epochs given; expected exactly one, the other null")
+        return self
+
+
+class ParallelConfig(_Section):
+    """`parallel`: how the run is spread."""
+
+    graph: Size = Field(1, description="ranks that share each graph")
+    pipe: Size = Field(1, description="pipeline stages")
+    zero: Annotated[Whole, Field(ge=0, le=3)] = Field(0, description="DeepSpeed's ZeRO stage, 0..3")
+    recompute: Literal["none"] = Field("none", description="what is recomputed in the backward pass")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of matrix products")
+    offload: Literal["none"] = Field("none", description="what is kept in host memory")
+    deepspeed: str | None = Field(None, description="name of a preset in ds_configs or path of a DeepSpeed JSON")
+
+    @field_validator("graph", "pipe")
+    @classmethod
+    def _one_rank(cls, value: int) -> int:
+        if value > 1:
+            raise ValueError("values above 1 are not available in this version")
+        return value
+
+
+class RunConfig(_Section):
+    """Everything that defines a run."""
+
+    model: ModelConfig = Field(description="section: what is trained")
+    data: DataConfig = Field(description="section: what it is trained and validated on")
+    task: TaskConfig = Field(description="section: loss, metrics, where results go and how often")
+    optim: OptimConfig = Field(description="section: optimizer, schedule and length of the run")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="section: how the run is spread")
+
+    def to_yaml(self) -> str:
+        """YAML that loads to an equal configuration, defaults written out; of the model only what was given."""
+        values = self.model_dump(mode="json")
+        values["model"] = self.model.model_dump(mode="json", exclude_unset=True)
+        return yaml.safe_dump(values, sort_keys=False)
+
+    def dump(self, path: Path) -> None:
+        """Write `to_yaml()`."""
+        path.write_text(self.to_yaml(), encoding="utf-8")
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, put the overrides in their places, and check everything.
+
+    Args:
+        path: None starts from nothing, so that the overrides are all.
+        overrides: `section.key=value`, with YAML values; the last one wins.
+
+    Raises:
+        ValueError: one line naming the file, the key, what was given and what is expected.
+    """
+    source = "overrides" if path is None else str(path)
+    values = apply_overrides(read_mapping(path), overrides)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        if path is not None and overrides:
+            source += f" with {' '.join(overrides)}"
+        raise ValueError(f"{source}: {explain(error, values, known_keys(RunConfig), _ELSEWHERE)}") from None
