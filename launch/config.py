@@ -83,7 +83,7 @@ Flag = Annotated[bool, Field(strict=True)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class RadialBasis(_Section):
@@ -200,9 +200,9 @@ class DataConfig(_Section):
 class Normalizer(_Section):
     """Targets are learnt as (value - mean) / std; the mean of forces is zero."""
 
-    energy_mean: Real = Field(description="eV")
-    energy_std: Positive = Field(description="eV")
-    force_std: Positive = Field(description="eV/A")
+    energy_mean: Real = Field(description="mean of the energies, eV")
+    energy_std: Positive = Field(description="deviation of the energies, eV")
+    force_std: Positive = Field(description="deviation of the force components, eV/A")
 
 
 class TaskConfig(_Section):
@@ -329,11 +329,11 @@ class ParallelConfig(_Section):
 class RunConfig(_Section):
     """Everything that defines a run."""
 
-    model: ModelConfig = Field(description="section: what is trained")
-    data: DataConfig = Field(description="section: what it is trained and validated on")
-    task: TaskConfig = Field(description="section: loss, metrics, where results go and how often")
-    optim: OptimConfig = Field(description="section: optimizer, schedule and length of the run")
-    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="section: how the run is spread")
+    model: ModelConfig = Field(description="what is trained")
+    data: DataConfig = Field(description="what it is trained and validated on")
+    task: TaskConfig = Field(description="loss, metrics, where results go and how often")
+    optim: OptimConfig = Field(description="optimizer, schedule and length of the run")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="how the run is spread")
 
     def to_yaml(self) -> str:
         """YAML that loads to an equal configuration, defaults written out; of the model only what was given."""
@@ -356,11 +356,11 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ValueError: one line naming the file, the key, what was given and what is expected.
     """
-    source = "overrides" if path is None else str(path)
     values = apply_overrides(read_mapping(path), overrides)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        if path is not None and overrides:
-            source += f" with {' '.join(overrides)}"
-        raise ValueError(f"{source}: {explain(error, values, known_keys(RunConfig), _ELSEWHERE)}") from None
+        key, text = explain(error, values, known_keys(RunConfig), _ELSEWHERE)
+        guilty = [override for override in overrides if f"{key}.".startswith(override.partition("=")[0].strip() + ".")]
+        source = f"override {guilty[-1]!r}" if guilty else str(path or "configuration")
+        raise ValueError(f"{source}: {text}") from None

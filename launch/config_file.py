@@ -106,8 +106,8 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def explain(
     error: ValidationError, values: Mapping[str, Any], keys: Mapping[str, str], elsewhere: Mapping[str, str]
-) -> str:
-    """The first thing wrong, in one line: which key, what was given, what is expected; and how many more there are.
+) -> tuple[str, str]:
+    """The first thing wrong: its dotted key, and one line saying what was given and what is expected.
 
     Args:
         values: what was validated.
@@ -117,40 +117,53 @@ def explain(
     errors = error.errors(include_url=False)
     # An unknown key goes first: the key that is missing is often the same one, misspelt.
     errors.sort(key=lambda detail: detail["type"] != "extra_forbidden")
-    text = _explain_one(errors[0], values, keys, elsewhere)
-    return text if len(errors) == 1 else f"{text} (and {len(errors) - 1} more)"
+    first = errors[0]
+    dotted = _dotted(first["loc"], values, missing=first["type"] == "missing")
+    text = _explain_one(dotted, first, values, keys, elsewhere)
+    return dotted, text if len(errors) == 1 else f"{text} (and {len(errors) - 1} more)"
 
 
-def _explain_one(detail: Any, values: Mapping[str, Any], keys: Mapping[str, str], elsewhere: Mapping[str, str]) -> str:
-    dotted = _dotted(detail["loc"], values, missing=detail["type"] == "missing")
-    kind, message = detail["type"], detail["msg"]
-    if kind == "extra_forbidden":
-        near = nearest_key(dotted, keys, elsewhere)
-        return f"unknown key {dotted}" + (f"; did you mean {near}?" if near else "")
-    if kind == "missing":
-        return f"{dotted} is missing; expected: {keys.get(dotted, 'a value')}"
-    if kind == "value_error":
-        reason = str(detail["ctx"]["error"])
-        # A rule that holds between several keys names them itself; there is no single value to show.
-        return (
-            f"{dotted}: {reason}"
-            if isinstance(detail["input"], dict)
-            else f"{dotted} is {_show(detail['input'])}: {reason}"
-        )
-    if kind == "model_type":
-        return f"{dotted or 'the configuration'} is {_show(detail['input'])}; expected a section with keys"
-    expected = message.replace("Input should be ", "").removesuffix(", unable to parse string as a number")
+def _explain_one(
+    dotted: str, detail: Any, values: Mapping[str, Any], keys: Mapping[str, str], elsewhere: Mapping[str, str]
+) -> str:
+    kind, given = detail["type"], detail["input"]
     note = f" ({keys[dotted]})" if keys.get(dotted) else ""
-    return f"{dotted} is {_show(detail['input'])}; expected {expected}{note}"
+    match kind:
+        case "extra_forbidden" if dotted in keys:  # known, but not to the alternative that was chosen by name
+            section = dotted.rpartition(".")[0]
+            return f"{dotted} has no meaning for {section} {_look_up(values, section + '.name')}"
+        case "extra_forbidden":
+            near = nearest_key(dotted, keys, elsewhere)
+            return f"unknown key {dotted}" + (f"; did you mean {near}?" if near else "")
+        case "missing":
+            return f"{dotted} is missing{note}"
+        case "value_error":
+            # A rule between several keys names them itself; there is no single value to show.
+            said = dotted if isinstance(given, dict) else f"{dotted} is {_show(given)}"
+            return f"{said}: {detail['ctx']['error']}"
+        case "union_tag_invalid":
+            return f"{dotted}.name is {_show(detail['ctx']['tag'])}; expected {detail['ctx']['expected_tags']}"
+        case "model_type" | "model_attributes_type":
+            return f"{dotted or 'the configuration'} is {_show(given)}; expected a section with keys"
+        case "path_type":
+            return f"{dotted} is {_show(given)}; expected a path{note}"
+    expected = re.sub("^(greater|less)", r"a number \1", detail["msg"].removeprefix("Input should be "))
+    return f"{dotted} is {_show(given)}; expected {expected}{note}"
+
+
+def _look_up(values: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
 
 
 def _dotted(location: Sequence[int | str], values: Any, missing: bool) -> str:
     """The key as it is written in the file: without the names of the alternatives that pydantic tried."""
     parts = []
     for position, part in enumerate(location):
-        if isinstance(values, Mapping) and part in values:
-            values = values[part]
-        elif isinstance(values, list | tuple) and isinstance(part, int) and part < len(values):
+        is_key = isinstance(values, Mapping) and part in values
+        is_index = isinstance(values, list | tuple) and isinstance(part, int) and part < len(values)
+        if is_key or is_index:
             values = values[part]
         elif not (missing and position == len(location) - 1):
             continue
@@ -159,8 +172,11 @@ def _dotted(location: Sequence[int | str], values: Any, missing: bool) -> str:
 
 
 def nearest_key(dotted: str, keys: Mapping[str, str], elsewhere: Mapping[str, str]) -> str | None:
-    """The known key that an unknown one most likely means: the same name in another section, another program's name
-    for it, a similar name in its own section, a similar name anywhere."""
+    """The known key that an unknown one most likely means, or None.
+
+    Tried in turn: the same name in another section, another program's name for it, a similar name in its own section,
+    a similar name anywhere.
+    """
     section, _, name = dotted.rpartition(".")
     same = [key for key in keys if key.rpartition(".")[2] == name]
     if same:

@@ -106,9 +106,9 @@ class PlateauSchedule(Schedule):
         self.bad = 0  #: evaluations since the best, or since the last reduction
 
     def observe(self, metric: float) -> None:
-        # NaN is smaller than nothing, hence never an improvement.
-        best = math.inf if self.best is None else self.best
-        if metric < best * (1 - PLATEAU_THRESHOLD):
+        # NaN is never smaller, hence never an improvement. The absolute value is there for metrics below zero, where
+        # torch's best * (1 - threshold) would take a small step back for progress.
+        if metric < (math.inf if self.best is None else self.best - PLATEAU_THRESHOLD * abs(self.best)):
             self.best, self.bad = metric, 0
             return
         self.bad += 1

@@ -1,0 +1,297 @@
+"""What a person sees of a run: log files, a plot of them, the table of an evaluation, a progress line.
+
+The log is two CSV files that any tool reads, `log.csv` (one row per `log_every` steps) and `eval.csv` (one per
+evaluation and split), and the same numbers for TensorBoard. Energies eV, forces eV/A; people are shown meV.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch.utils.tensorboard import SummaryWriter
+
+TRAIN_LOG = "log.csv"
+EVAL_LOG = "eval.csv"
+PLOT = "training.png"
+TENSORBOARD = "tensorboard"
+
+
+class RunLog:
+    """The log files of a run, written by one process.
+
+    Args:
+        directory: of the run; made if it does not exist.
+        resume_step: rows of later steps are removed, since those steps are about to be made again; 0 begins anew.
+        tensorboard: write event files as well, under `tensorboard/`.
+    """
+
+    def __init__(self, directory: Path | str, resume_step: int = 0, tensorboard: bool = True) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._train = _CsvLog(self.directory / TRAIN_LOG, resume_step)
+        self._eval = _CsvLog(self.directory / EVAL_LOG, resume_step)
+        self._resume_step = resume_step
+        self._tensorboard = tensorboard
+        self._writer: SummaryWriter | None = None
+
+    def train(self, step: int, **values: float) -> None:
+        """Add a row to `log.csv`."""
+        self._train.add({"step": step, **values})
+        self._scalars("train", step, values)
+
+    def evaluation(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Add a row to `eval.csv`."""
+        self._eval.add({"step": step, "split": split, **metrics})
+        self._scalars(split, step, metrics)
+
+    def close(self) -> None:
+        """Close all files; rows were on disk as soon as they were added."""
+        self._train.close()
+        self._eval.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
+        if not self._tensorboard:
+            return
+        if self._writer is None:
+            # Imported here: it takes seconds. What TensorBoard holds of steps to be made again is hidden by purging.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.directory / TENSORBOARD), purge_step=self._resume_step + 1)
+        for name, value in values.items():
+            self._writer.add_scalar(f"{group}/{name}", value, step)
+
+
+class _CsvLog:
+    """A CSV file with a column `step`. The first row ever written fixes the header."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.path = path
+        self.header: list[str] = []
+        if path.exists():
+            self.header, rows = _read_rows(path)
+            # Through a temporary file and a rename: a process killed here leaves the old log or the new one.
+            rewritten = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            with rewritten.open("w", newline="", encoding="utf-8") as file:
+                kept = [row for row in rows if int(float(row[self.header.index("step")])) <= resume_step]
+                if kept:
+                    csv.writer(file).writerows([self.header, *kept])
+                else:
+                    self.header = []
+            os.replace(rewritten, path)
+        self._file = path.open("a", newline="", encoding="utf-8")
+        self._writer = csv.writer(self._file)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row and hand it to the operating system; a value that is missing is left empty.
+
+        Raises:
+            ValueError: for a column that the file does not have.
+        """
+        if not self.header:
+            self.header = list(row)
+            self._writer.writerow(self.header)
+        unknown = [name for name in row if name not in self.header]
+        if unknown:
+            raise ValueError(
+                f"{self.path} has no column {', '.join(unknown)}; its columns are {', '.join(self.header)}"
+            )
+        self._writer.writerow([row.get(name, "") for name in self.header])
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and whole rows; a last line cut short by a kill is left out.
+
+    Raises:
+        ValueError: if the file is no log.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        text = file.read()
+    whole = text[: text.rfind("\n") + 1]
+    rows = list(csv.reader(whole.splitlines()))
+    if not rows:
+        return ["step"], []
+    header, *rows = rows
+    if "step" not in header:
+        raise ValueError(f"{path} is no log of a run: it has no column 'step' (columns: {', '.join(header)})")
+    return header, [row for row in rows if len(row) == len(header)]
+
+
+def read_log(path: Path) -> list[dict[str, float | str]]:
+    """The rows of `log.csv` or `eval.csv`, numbers as floats (NaN where empty); empty if there is no such file."""
+    if not path.exists():
+        return []
+    header, rows = _read_rows(path)
+    return [
+        {name: text if name == "split" else float(text or "nan") for name, text in zip(header, row, strict=True)}
+        for row in rows
+    ]
+
+
+def plot_training(directory: Path | str) -> Path:
+    """Draw loss, energy error and force error against steps into `training.png`; returns its path.
+
+    Dashed lines are what costs nothing: predicting the training set's mean energy, and no forces.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    directory = Path(directory)
+    train, evaluations = read_log(directory / TRAIN_LOG), read_log(directory / EVAL_LOG)
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, energy, forces = figure.subplots(1, 3)
+    _plot_loss(loss, train)
+    _plot_errors(energy, evaluations, "energy_mae", "energy_mae_mean", "mean energy")
+    energy.set(title="Validation energy", ylabel="MAE [meV]")
+    _plot_errors(forces, evaluations, "forces_mae", "forces_mae_zero", "zero forces")
+    forces.set(title="Validation forces", ylabel="MAE [meV/Å]")
+    path = directory / PLOT
+    rewritten = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    figure.savefig(rewritten, dpi=150)
+    os.replace(rewritten, path)
+    return path
+
+
+def _plot_loss(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    import numpy as np
+
+    steps = np.array([row["step"] for row in rows])
+    values = np.array([row["loss"] for row in rows])
+    axes.set(title="Training loss", xlabel="step", ylabel="loss (normalised)")
+    if not (values > 0).any():
+        return
+    width = max(len(values) // 50, 1)
+    if width == 1:
+        axes.plot(steps, values, color="C0")
+    else:
+        axes.plot(steps, values, color="C0", alpha=0.25, linewidth=0.8)
+        mean = np.convolve(values, np.ones(width) / width, mode="valid")
+        axes.plot(steps[width - 1 :], mean, color="C0", label=f"mean of {width} rows")
+        axes.legend(frameon=False)
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+
+
+def _plot_errors(axes: Axes, rows: Sequence[Mapping[str, Any]], metric: str, baseline: str, guess: str) -> None:
+    """One line per split and, dashed in the same colour, its baseline. The scale is logarithmic: errors fall fast."""
+    axes.set_xlabel("step")
+    splits = list(dict.fromkeys(row["split"] for row in rows))
+    for number, split in enumerate(splits):
+        own = [row for row in rows if row["split"] == split]
+        axes.plot([row["step"] for row in own], [1e3 * row[metric] for row in own], f"C{number}.-", label=split)
+        level = 1e3 * own[-1].get(baseline, float("nan"))
+        label = guess if len(splits) == 1 else f"{split}, {guess}"
+        axes.axhline(level, color=f"C{number}", linestyle="--", linewidth=1, label=label)
+    if splits:
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(frameon=False)
+
+
+#: Heading, metric, factor and format of each column of `s2ef_table`.
+_COLUMNS = (
+    ("energy MAE\n[meV]", "energy_mae", 1e3, ".1f"),
+    ("of the mean\n[meV]", "energy_mae_mean", 1e3, ".1f"),
+    ("force MAE\n[meV/Å]", "forces_mae", 1e3, ".2f"),
+    ("of no forces\n[meV/Å]", "forces_mae_zero", 1e3, ".2f"),
+    ("force\ncosine", "forces_cos", 1.0, ".3f"),
+    ("EFwT\n[%]", "energy_forces_within_threshold", 1e2, ".2f"),
+)
+
+
+def s2ef_table(results: Mapping[str, Mapping[str, float]]) -> Table:
+    """A table of S2EF metrics, one row per split, for rich's console; metrics that are missing are shown as "-"."""
+    table = Table()
+    table.add_column("split")
+    for heading, *_ in _COLUMNS:
+        table.add_column(heading, justify="right")
+    for split, metrics in results.items():
+        cells = (format(factor * metrics[name], form) if name in metrics else "-" for _, name, factor, form in _COLUMNS)
+        table.add_row(split, *cells)
+    return table
+
+
+class TrainingProgress:
+    """A live line on a terminal, a plain line every `log_every` steps elsewhere, nothing when disabled.
+
+    Written to standard error: standard output belongs to results.
+
+    Args:
+        total: steps of the run.
+        enabled: False on all ranks but one.
+        start: steps made before, when resuming.
+        log_every: steps between plain lines.
+        console: where to write.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        enabled: bool = True,
+        start: int = 0,
+        log_every: int = 10,
+        console: Console | None = None,
+    ) -> None:
+        self.total, self.start, self.log_every, self.enabled = total, start, log_every, enabled
+        self.console = console or Console(file=sys.stderr)
+        self._began = time.monotonic()
+        self._live: Progress | None = None
+        if enabled and self.console.is_terminal:
+            self._live = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._task = self._live.add_task("", total=total, completed=start)
+
+    def __enter__(self) -> TrainingProgress:
+        self._began = time.monotonic()
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, step: int, *, loss: float, atoms_per_second: float) -> None:
+        """Show that `step` steps are made."""
+        if not self.enabled:
+            return
+        what = f"loss {loss:.4g}  {atoms_per_second:,.0f} atoms/s"
+        if self._live:
+            self._live.update(self._task, completed=step, description=what)
+        elif step % self.log_every == 0 or step == self.total:
+            pace = (time.monotonic() - self._began) / max(step - self.start, 1)
+            left = _clock(pace * (self.total - step))
+            print(f"step {step}/{self.total}  {what}  {left} left", file=self.console.file, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
