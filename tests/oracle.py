@@ -11,11 +11,11 @@ bil_trip}; I emb_size_{rbf, cbf}; K the most triplets of one edge.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from numpy.polynomial import Legendre, Polynomial
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import silu
 
 from egnscale.models import ExtendedGraph, GemNetConfig, GemNetT, Prediction
@@ -77,7 +77,7 @@ def gemnet(
             return (mixed.permute(2, 0, 1) @ weight).sum(0)
         return torch.einsum("eit,tio->eo", mixed, weight)
 
-    def triplet_interaction(layer: nn.Module, m: Tensor) -> Tensor:
+    def triplet_interaction(layer: Any, m: Tensor) -> Tensor:
         x = _act(_linear(layer.dense_ba, m))
         x = _scale(layer.scale_rbf, x * _linear(layer.mlp_rbf, rbf_triplet))
         x = _act(_linear(layer.down_projection, x))
@@ -86,21 +86,21 @@ def gemnet(
             _act(_linear(layer.up_projection_ca, x)) + _act(_linear(layer.up_projection_ac, x))[graph.reverse]
         ) / _R2
 
-    def atom_sum(layer: nn.Module, m: Tensor, rbf: Tensor) -> Tensor:
+    def atom_sum(layer: Any, m: Tensor, rbf: Tensor) -> Tensor:
         x = m * _linear(layer.dense_rbf, rbf)
         x = _scale(layer.scale_sum, x.new_zeros(graph.num_atoms, x.shape[1]).index_add(0, target, x))
         return _residuals(layer.layers[1:], _act(_linear(layer.layers[0], x)))
 
-    def edge_embedding(layer: nn.Module, h: Tensor, m: Tensor) -> Tensor:
+    def edge_embedding(layer: Any, h: Tensor, m: Tensor) -> Tensor:
         return _act(_linear(layer.dense, torch.cat([h[source], h[target], m], dim=1)))
 
-    def output(layer: nn.Module, m: Tensor) -> tuple[Tensor, Tensor]:
+    def output(layer: Any, m: Tensor) -> tuple[Tensor, Tensor]:
         energy = _linear(layer.out_energy, atom_sum(layer.atom_sum, m, rbf_out))
         x = _residuals(layer.force.layers[1:], _act(_linear(layer.force.layers[0], m)))
         x = _scale(layer.force.scale_had, x * _linear(layer.force.dense_rbf, rbf_out))
         return energy, _linear(layer.force.out, x)
 
-    def interaction(layer: nn.Module, h: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    def interaction(layer: Any, h: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         x = (_act(_linear(layer.dense_ca, m)) + triplet_interaction(layer.trip_interaction, m)) / _R2
         m = (m + _residuals(layer.layers_before_skip, x)) / _R2
         m = _residuals(layer.layers_after_skip, m)
@@ -135,29 +135,29 @@ def _act(x: Tensor) -> Tensor:
     return silu(x) / 0.6
 
 
-def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+def _linear(layer: Any, x: Tensor) -> Tensor:
     return x @ layer.weight.t()
 
 
-def _residuals(layers: nn.Module, x: Tensor) -> Tensor:
+def _residuals(layers: Any, x: Tensor) -> Tensor:
     for layer in layers:
         first, second = layer.layers
         x = (x + _act(_linear(second, _act(_linear(first, x))))) / _R2
     return x
 
 
-def _scale(layer: nn.Module, x: Tensor) -> Tensor:
+def _scale(layer: Any, x: Tensor) -> Tensor:
     return torch.where(layer.scale_factor == 0, x, x * layer.scale_factor)
 
 
 def _circular_harmonic(degree: int, cosine: Tensor) -> Tensor:
     """Y_l0 = sqrt((2l+1) / 4 pi) P_l, from the coefficients of P_l."""
-    coefficients = Legendre.basis(degree).convert(kind=Polynomial).coef
+    coefficients = Legendre.basis(degree).convert(kind=Polynomial).coef.tolist()
     legendre = sum((c * cosine**k for k, c in enumerate(coefficients) if c), torch.zeros_like(cosine))
     return math.sqrt((2 * degree + 1) / (4 * math.pi)) * legendre
 
 
-def _radial_basis(layer: nn.Module, config: GemNetConfig, distance: Tensor) -> Tensor:
+def _radial_basis(layer: Any, config: GemNetConfig, distance: Tensor) -> Tensor:
     x = distance[:, None] / config.cutoff
     p = config.envelope_exponent
     a, b, c = -(p + 1) * (p + 2) / 2, p * (p + 2), -p * (p + 1) / 2

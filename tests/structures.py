@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -72,7 +73,7 @@ def repeated(sample: Sample, axis: int) -> Sample:
     """Two cells as one."""
     cell = sample.cell.copy()
     cell[axis] *= 2
-    twice = {name: np.tile(getattr(sample, name), 2) for name in ("atomic_numbers", "tags", "fixed")}
+    twice: dict[str, Any] = {name: np.tile(getattr(sample, name), 2) for name in ("atomic_numbers", "tags", "fixed")}
     return replace(
         sample, positions=np.concatenate([sample.positions, sample.positions + sample.cell[axis]]), cell=cell, **twice
     )
