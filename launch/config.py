@@ -89,20 +89,22 @@ class _Section(BaseModel):
 class RadialBasis(_Section):
     """`model.rbf`."""
 
-    name: Literal["gaussian", "spherical_bessel"] = Field("gaussian", description="radial basis")
+    name: Literal["gaussian", "spherical_bessel"] = Field(default="gaussian", description="radial basis")
 
 
 class Envelope(_Section):
     """`model.envelope`."""
 
-    name: Literal["polynomial"] = Field("polynomial", description="form of the smooth cutoff")
-    exponent: Size = Field(5, description="exponent of the polynomial envelope")
+    name: Literal["polynomial"] = Field(default="polynomial", description="form of the smooth cutoff")
+    exponent: Size = Field(default=5, description="exponent of the polynomial envelope")
 
 
 class CircularBasis(_Section):
     """`model.cbf`."""
 
-    name: Literal["spherical_harmonics"] = Field("spherical_harmonics", description="basis in the triplets' angle")
+    name: Literal["spherical_harmonics"] = Field(
+        default="spherical_harmonics", description="basis in the triplets' angle"
+    )
 
 
 class ModelConfig(_Section):
@@ -111,38 +113,56 @@ class ModelConfig(_Section):
     What is not given is None here and takes the preset's or GemNet's value when the model is built.
     """
 
-    preset: str | None = Field(None, description="name of published sizes, such as gemnet-dt")
-    name: Literal["gemnet_t"] = Field("gemnet_t", description="architecture; OC20's gp_gemnet_t is the same one")
-    num_spherical: Size | None = Field(None, description="angular basis functions; 7")
-    num_radial: Size | None = Field(None, description="radial basis functions; 128")
-    num_blocks: Size | None = Field(None, description="interaction blocks")
-    emb_size_atom: Size | None = Field(None, description="width of atom features")
-    emb_size_edge: Size | None = Field(None, description="width of edge features")
-    emb_size_trip: Size | None = Field(None, description="width of edge features within the triplet interaction")
-    emb_size_bil_trip: Size | None = Field(None, description="width after the bilinear layer of the triplets")
-    emb_size_rbf: Size | None = Field(None, description="width of the embedded radial basis; 16")
-    emb_size_cbf: Size | None = Field(None, description="width of the embedded circular basis; 16")
-    num_before_skip: Size | None = Field(None, description="residual layers before the first skip connection; 1")
-    num_after_skip: Size | None = Field(None, description="residual layers after the first skip connection; 2")
-    num_concat: Size | None = Field(None, description="residual layers after the atoms entered the edges; 1")
-    num_atom: Size | None = Field(None, description="residual layers of atom features; 3")
-    num_elements: Size | None = Field(None, description="atomic numbers 1..num_elements can be embedded; 83")
-    cutoff: Positive | None = Field(None, description="neighbours are nearer than this, A; 6.0")
-    max_neighbors: Size | None = Field(None, description="nearest neighbours kept for each atom, null for all; 50")
-    symmetrize: Literal["union", "oc20"] | None = Field(None, description="how directed edges are paired; union")
-    rbf: Annotated[RadialBasis, BeforeValidator(_by_name)] | None = Field(None, description="radial basis; gaussian")
-    envelope: Annotated[Envelope, BeforeValidator(_by_name)] | None = Field(None, description="smooth cutoff")
-    cbf: Annotated[CircularBasis, BeforeValidator(_by_name)] | None = Field(None, description="circular basis")
-    extensive: Flag | None = Field(None, description="the energy is a sum over atoms, not their mean; true")
-    output_init: Literal["HeOrthogonal", "zeros"] | None = Field(None, description="start of the last layers")
-    segment_sum: Literal["native", "torch_scatter"] | None = Field(None, description="kernel of edge sums; native")
-    triplet_form: Literal["auto", "harmonic", "block"] | None = Field(None, description="form of triplet sums; auto")
-    activation: Literal["silu"] = Field("silu", description="activation function; GemNet's scaled SiLU")
-    otf_graph: Flag = Field(True, description="accepted from OC20's YAMLs; graphs are always built while reading")
-    use_pbc: Flag = Field(True, description="accepted from OC20's YAMLs; each structure says what is periodic")
-    regress_forces: Flag = Field(True, description="predict forces")
-    direct_forces: Flag = Field(True, description="predict forces by their own head, not as a gradient")
-    scale_file: None = Field(None, description="null; scale factors are fitted before training")
+    preset: str | None = Field(default=None, description="name of published sizes, such as gemnet-dt")
+    name: Literal["gemnet_t"] = Field(
+        default="gemnet_t", description="architecture; OC20's gp_gemnet_t is the same one"
+    )
+    num_spherical: Size | None = Field(default=None, description="angular basis functions; 7")
+    num_radial: Size | None = Field(default=None, description="radial basis functions; 128")
+    num_blocks: Size | None = Field(default=None, description="interaction blocks")
+    emb_size_atom: Size | None = Field(default=None, description="width of atom features")
+    emb_size_edge: Size | None = Field(default=None, description="width of edge features")
+    emb_size_trip: Size | None = Field(
+        default=None, description="width of edge features within the triplet interaction"
+    )
+    emb_size_bil_trip: Size | None = Field(default=None, description="width after the bilinear layer of the triplets")
+    emb_size_rbf: Size | None = Field(default=None, description="width of the embedded radial basis; 16")
+    emb_size_cbf: Size | None = Field(default=None, description="width of the embedded circular basis; 16")
+    num_before_skip: Size | None = Field(
+        default=None, description="residual layers before the first skip connection; 1"
+    )
+    num_after_skip: Size | None = Field(default=None, description="residual layers after the first skip connection; 2")
+    num_concat: Size | None = Field(default=None, description="residual layers after the atoms entered the edges; 1")
+    num_atom: Size | None = Field(default=None, description="residual layers of atom features; 3")
+    num_elements: Size | None = Field(default=None, description="atomic numbers 1..num_elements can be embedded; 83")
+    cutoff: Positive | None = Field(default=None, description="neighbours are nearer than this, A; 6.0")
+    max_neighbors: Size | None = Field(
+        default=None, description="nearest neighbours kept for each atom, null for all; 50"
+    )
+    symmetrize: Literal["union", "oc20"] | None = Field(
+        default=None, description="how directed edges are paired; union"
+    )
+    rbf: Annotated[RadialBasis, BeforeValidator(_by_name)] | None = Field(
+        default=None, description="radial basis; gaussian"
+    )
+    envelope: Annotated[Envelope, BeforeValidator(_by_name)] | None = Field(default=None, description="smooth cutoff")
+    cbf: Annotated[CircularBasis, BeforeValidator(_by_name)] | None = Field(default=None, description="circular basis")
+    extensive: Flag | None = Field(default=None, description="the energy is a sum over atoms, not their mean; true")
+    output_init: Literal["HeOrthogonal", "zeros"] | None = Field(default=None, description="start of the last layers")
+    segment_sum: Literal["native", "torch_scatter"] | None = Field(
+        default=None, description="kernel of edge sums; native"
+    )
+    triplet_form: Literal["auto", "harmonic", "block"] | None = Field(
+        default=None, description="form of triplet sums; auto"
+    )
+    activation: Literal["silu"] = Field(default="silu", description="activation function; GemNet's scaled SiLU")
+    otf_graph: Flag = Field(
+        default=True, description="accepted from OC20's YAMLs; graphs are always built while reading"
+    )
+    use_pbc: Flag = Field(default=True, description="accepted from OC20's YAMLs; each structure says what is periodic")
+    regress_forces: Flag = Field(default=True, description="predict forces")
+    direct_forces: Flag = Field(default=True, description="predict forces by their own head, not as a gradient")
+    scale_file: None = Field(default=None, description="null; scale factors are fitted before training")
 
     def hyperparameters(self) -> dict[str, Any]:
         """What was given, under the names of `egnscale.models.GemNetConfig`; the preset is not among it."""
@@ -187,7 +207,7 @@ class DataConfig(_Section):
 
     train: Path = Field(description="data set to train on")
     val: dict[str, Path] = Field(default_factory=dict, description="data set to validate on, or split name: data set")
-    workers: Count = Field(2, description="loader processes per rank; 0 reads in the training process")
+    workers: Count = Field(default=2, description="loader processes per rank; 0 reads in the training process")
 
     @field_validator("val", mode="before")
     @classmethod
@@ -208,60 +228,62 @@ class Normalizer(_Section):
 class TaskConfig(_Section):
     """`task`."""
 
-    name: Literal["s2ef"] = Field("s2ef", description="structure to energy and forces")
+    name: Literal["s2ef"] = Field(default="s2ef", description="structure to energy and forces")
     output: Path = Field(description="directory of the run: logs, plots and checkpoints")
-    seed: Count = Field(0, description="of weights and shuffling")
-    energy_coefficient: NotNegative = Field(1.0, description="weight of the energy in the loss")
-    force_coefficient: NotNegative = Field(100.0, description="weight of the forces in the loss")
-    train_on_free_atoms: Flag = Field(True, description="the loss leaves out forces on fixed atoms")
-    eval_on_free_atoms: Flag = Field(True, description="metrics leave out forces on fixed atoms")
+    seed: Count = Field(default=0, description="of weights and shuffling")
+    energy_coefficient: NotNegative = Field(default=1.0, description="weight of the energy in the loss")
+    force_coefficient: NotNegative = Field(default=100.0, description="weight of the forces in the loss")
+    train_on_free_atoms: Flag = Field(default=True, description="the loss leaves out forces on fixed atoms")
+    eval_on_free_atoms: Flag = Field(default=True, description="metrics leave out forces on fixed atoms")
     normalizer: Annotated[
         Annotated[Literal["auto"], Tag("auto")] | Annotated[Normalizer, Tag("given")],
         Discriminator(lambda value: "given" if isinstance(value, dict | Normalizer) else "auto"),
-    ] = Field("auto", description="auto takes mean and deviation from the training set; or give all three")
-    eval_every: Size = Field(5000, description="steps between evaluations")
-    eval_batches: Size | None = Field(None, description="batches per evaluation and split; null for all")
-    checkpoint_every: Size = Field(5000, description="steps between checkpoints")
-    keep_last: Size = Field(3, description="checkpoints kept besides the best one")
-    log_every: Size = Field(10, description="steps between rows of the log")
+    ] = Field(default="auto", description="auto takes mean and deviation from the training set; or give all three")
+    eval_every: Size = Field(default=5000, description="steps between evaluations")
+    eval_batches: Size | None = Field(default=None, description="batches per evaluation and split; null for all")
+    checkpoint_every: Size = Field(default=5000, description="steps between checkpoints")
+    keep_last: Size = Field(default=3, description="checkpoints kept besides the best one")
+    log_every: Size = Field(default=10, description="steps between rows of the log")
     primary_metric: Literal["forces_mae", "energy_mae", "energy_forces_within_threshold"] = Field(
-        "forces_mae", description="chooses the best checkpoint and drives the plateau schedule"
+        default="forces_mae", description="chooses the best checkpoint and drives the plateau schedule"
     )
 
 
 class _Warmup(_Section):
-    warmup_steps: Count = Field(0, description="steps of linear warm-up; 0 for none")
-    warmup_factor: Annotated[Real, Field(ge=0, le=1)] = Field(0.2, description="fraction of the rate at step 0")
+    warmup_steps: Count = Field(default=0, description="steps of linear warm-up; 0 for none")
+    warmup_factor: Annotated[Real, Field(ge=0, le=1)] = Field(default=0.2, description="fraction of the rate at step 0")
 
 
 class ConstantScheduler(_Warmup):
     """`optim.scheduler` with name: constant."""
 
-    name: Literal["constant"] = Field("constant", description="learning-rate schedule")
+    name: Literal["constant"] = Field(default="constant", description="learning-rate schedule")
 
 
 class PlateauScheduler(_Warmup):
     """`optim.scheduler` with name: plateau, as OC20's GemNet."""
 
-    name: Literal["plateau"] = Field("plateau", description="learning-rate schedule")
-    factor: Annotated[Real, Field(gt=0, lt=1)] = Field(0.8, description="multiplies the rate on a plateau")
-    patience: Count = Field(3, description="evaluations without improvement that are tolerated")
-    min_factor: Annotated[Real, Field(ge=0, le=1)] = Field(0.0, description="lowest rate, fraction of lr_initial")
+    name: Literal["plateau"] = Field(default="plateau", description="learning-rate schedule")
+    factor: Annotated[Real, Field(gt=0, lt=1)] = Field(default=0.8, description="multiplies the rate on a plateau")
+    patience: Count = Field(default=3, description="evaluations without improvement that are tolerated")
+    min_factor: Annotated[Real, Field(ge=0, le=1)] = Field(
+        default=0.0, description="lowest rate, fraction of lr_initial"
+    )
 
 
 class CosineScheduler(_Warmup):
     """`optim.scheduler` with name: cosine."""
 
-    name: Literal["cosine"] = Field("cosine", description="learning-rate schedule")
-    min_factor: Annotated[Real, Field(ge=0, le=1)] = Field(0.0, description="last rate, fraction of lr_initial")
+    name: Literal["cosine"] = Field(default="cosine", description="learning-rate schedule")
+    min_factor: Annotated[Real, Field(ge=0, le=1)] = Field(default=0.0, description="last rate, fraction of lr_initial")
 
 
 class MultiStepScheduler(_Warmup):
     """`optim.scheduler` with name: multistep, as OC20's DimeNet++."""
 
-    name: Literal["multistep"] = Field("multistep", description="learning-rate schedule")
+    name: Literal["multistep"] = Field(default="multistep", description="learning-rate schedule")
     milestones: list[Size] = Field(description="steps at which the rate is multiplied by gamma")
-    gamma: Annotated[Real, Field(gt=0, le=1)] = Field(0.1, description="multiplies the rate at each milestone")
+    gamma: Annotated[Real, Field(gt=0, le=1)] = Field(default=0.1, description="multiplies the rate at each milestone")
 
 
 def _named_schedule(value: Any) -> Any:
@@ -273,20 +295,20 @@ class OptimConfig(_Section):
     """`optim`: AdamW and the length of the run."""
 
     batch_size: Size = Field(description="structures per data-parallel rank and micro-batch")
-    eval_batch_size: Size | None = Field(None, description="the same in evaluation; null for batch_size")
-    gradient_accumulation: Size = Field(1, description="micro-batches per step")
-    max_steps: Size | None = Field(None, description="length of the run in steps; or give max_epochs")
-    max_epochs: Size | None = Field(None, description="length of the run in epochs; or give max_steps")
+    eval_batch_size: Size | None = Field(default=None, description="the same in evaluation; null for batch_size")
+    gradient_accumulation: Size = Field(default=1, description="micro-batches per step")
+    max_steps: Size | None = Field(default=None, description="length of the run in steps; or give max_epochs")
+    max_epochs: Size | None = Field(default=None, description="length of the run in epochs; or give max_steps")
     lr_initial: Positive = Field(description="learning rate after warm-up, before the schedule lowers it")
     weight_decay: NotNegative = Field(
         description="a number, always written out; 0.01 reproduces the published OC20 runs, whose missing or zero "
         "value left AdamW's default 0.01 in force"
     )
     betas: tuple[Annotated[Real, Field(ge=0, lt=1)], Annotated[Real, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), description="AdamW's two decay rates"
+        default=(0.9, 0.999), description="AdamW's two decay rates"
     )
-    eps: Positive = Field(1e-8, description="AdamW's epsilon")
-    amsgrad: Flag = Field(False, description="AMSGrad variant of AdamW, as OC20's GemNet")
+    eps: Positive = Field(default=1e-8, description="AdamW's epsilon")
+    amsgrad: Flag = Field(default=False, description="AMSGrad variant of AdamW, as OC20's GemNet")
     scheduler: Annotated[
         Annotated[
             ConstantScheduler | PlateauScheduler | CosineScheduler | MultiStepScheduler, Field(discriminator="name")
@@ -294,10 +316,12 @@ class OptimConfig(_Section):
         BeforeValidator(_named_schedule),
     ] = Field(default_factory=PlateauScheduler, description="constant, plateau, cosine or multistep, with its settings")
     ema_decay: Annotated[Real, Field(gt=0, lt=1)] | None = Field(
-        None, description="decay of the averaged weights that are evaluated; null for none; OC20 0.999"
+        default=None, description="decay of the averaged weights that are evaluated; null for none; OC20 0.999"
     )
-    clip_grad_norm: Positive | None = Field(None, description="largest gradient norm; null for no clipping; OC20 10")
-    load_balancing: Literal["edges", "atoms", "none"] = Field("edges", description="what replicas share evenly")
+    clip_grad_norm: Positive | None = Field(
+        default=None, description="largest gradient norm; null for no clipping; OC20 10"
+    )
+    load_balancing: Literal["edges", "atoms", "none"] = Field(default="edges", description="what replicas share evenly")
 
     @model_validator(mode="after")
     def _one_length(self) -> OptimConfig:
@@ -310,13 +334,15 @@ class OptimConfig(_Section):
 class ParallelConfig(_Section):
     """`parallel`: how the run is spread."""
 
-    graph: Size = Field(1, description="ranks that share each graph")
-    pipe: Size = Field(1, description="pipeline stages")
-    zero: Annotated[Whole, Field(ge=0, le=3)] = Field(0, description="DeepSpeed's ZeRO stage, 0..3")
-    recompute: Literal["none"] = Field("none", description="what is recomputed in the backward pass")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of matrix products")
-    offload: Literal["none"] = Field("none", description="what is kept in host memory")
-    deepspeed: str | None = Field(None, description="name of a preset in ds_configs or path of a DeepSpeed JSON")
+    graph: Size = Field(default=1, description="ranks that share each graph")
+    pipe: Size = Field(default=1, description="pipeline stages")
+    zero: Annotated[Whole, Field(ge=0, le=3)] = Field(default=0, description="DeepSpeed's ZeRO stage, 0..3")
+    recompute: Literal["none"] = Field(default="none", description="what is recomputed in the backward pass")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="precision of matrix products")
+    offload: Literal["none"] = Field(default="none", description="what is kept in host memory")
+    deepspeed: str | None = Field(
+        default=None, description="name of a preset in ds_configs or path of a DeepSpeed JSON"
+    )
 
     @field_validator("graph", "pipe")
     @classmethod
