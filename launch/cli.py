@@ -46,7 +46,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             command.set_defaults(run=implementation.run)
         for leaf in _leaves(command):
             _add_common(leaf)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes positional words in one run only; overrides may stand among the options too.
+    overrides = [word for word in rest if "=" in word and not word.startswith("-") and hasattr(args, "items")]
+    unknown = [word for word in rest if word not in overrides]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if overrides:
+        args.items += overrides
     if args.version:
         print(_versions())
         raise SystemExit(0)

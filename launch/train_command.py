@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_config(path, items)
 
     from egnscale.launch.trainer import Trainer
-    from egnscale.scaling.engine import start_world, stop_world
+    from egnscale.scaling.engine import start_world
 
     world = start_world()
 
@@ -48,5 +48,4 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         console = Console()
         console.print(s2ef_table(result["evaluations"]))
         console.print(f"checkpoints, logs and training.png are in {result['output']}", highlight=False)
-    stop_world()
     return result

@@ -5,11 +5,14 @@ Everything else in the project sees `Engine` and a few collectives on small tens
 
 from __future__ import annotations
 
+import atexit
 import logging
+import math
 import os
 import socket
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,12 +69,6 @@ def start_world() -> World:
 
     The `deepspeed` launcher and `torchrun` set RANK and WORLD_SIZE; without them this is one process.
     """
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in alone.items()})
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     if cuda:
@@ -84,15 +81,30 @@ def start_world() -> World:
         # On CPU, DeepSpeed would compile a shared-memory operator (76 s) that only inference uses.
         if not cuda:
             deepspeed.ops.__compatible_ops__ = _NothingCompatible()
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+        with _launcher_environment():
+            deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+        atexit.register(dist.destroy_process_group)
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # deepspeed.initialize insists on it
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
-def stop_world() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+@contextmanager
+def _launcher_environment() -> Iterator[None]:
+    """The variables that a launcher would have set, for as long as they are needed: child processes inherit them."""
+    if "RANK" in os.environ:
+        yield
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in alone.items()})
+    try:
+        yield
+    finally:
+        for key in alone:
+            os.environ.pop(key, None)
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
@@ -163,10 +175,10 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
 
-    def gradient_norm(self) -> float | None:
-        """Norm of the last step's gradient, before clipping; None where DeepSpeed does not compute it (stage 0)."""
+    def gradient_norm(self) -> float:
+        """Norm of the last step's gradient, before clipping; NaN where DeepSpeed does not compute it (stage 0)."""
         norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return math.nan if norm is None else float(norm)
 
     # What a rank holds. Stages 0 to 2: every parameter whole. Stage 3: a flat shard of each, padded to equal size.
 

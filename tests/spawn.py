@@ -68,7 +68,7 @@ def _run(rank: int, size: int, port: int, where: tuple[str, str], args: tuple, r
     try:
         import torch
 
-        from egnscale.scaling.engine import start_world, stop_world
+        from egnscale.scaling.engine import start_world
 
         torch.set_num_threads(1)
         spec = importlib.util.spec_from_file_location("spawned", where[0])
@@ -78,7 +78,6 @@ def _run(rank: int, size: int, port: int, where: tuple[str, str], args: tuple, r
         spec.loader.exec_module(module)
         world = start_world()
         result = getattr(module, where[1])(world, *args)
-        stop_world()
         # As bytes: a tensor sent by itself lives in shared memory that ends with this process.
         results.put((rank, pickle.dumps(result), ""))
     except BaseException:
