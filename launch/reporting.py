@@ -7,10 +7,11 @@ evaluation and split), and the same numbers for TensorBoard. Energies eV, forces
 from __future__ import annotations
 
 import csv
+import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -141,7 +142,10 @@ def read_log(path: Path) -> list[dict[str, float | str]]:
         return []
     header, rows = _read_rows(path)
     return [
-        {name: text if name == "split" else float(text or "nan") for name, text in zip(header, row, strict=True)}
+        {
+            name: text if name == "split" else float(text) if text else math.nan
+            for name, text in zip(header, row, strict=True)
+        }
         for row in rows
     ]
 
@@ -156,14 +160,19 @@ def plot_training(directory: Path | str) -> Path:
 
     directory = Path(directory)
     train, evaluations = read_log(directory / TRAIN_LOG), read_log(directory / EVAL_LOG)
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     FigureCanvasAgg(figure)
     loss, energy, forces = figure.subplots(1, 3)
     _plot_loss(loss, train)
-    _plot_errors(energy, evaluations, "energy_mae", "energy_mae_mean", "mean energy")
-    energy.set(title="Validation energy", ylabel="MAE [meV]")
-    _plot_errors(forces, evaluations, "forces_mae", "forces_mae_zero", "zero forces")
-    forces.set(title="Validation forces", ylabel="MAE [meV/Å]")
+    _plot_errors(energy, evaluations, "energy_mae", "energy_mae_mean")
+    energy.set(title="Validation energy\n(dashed: predicting the mean)", ylabel="MAE [meV]")
+    _plot_errors(forces, evaluations, "forces_mae", "forces_mae_zero")
+    forces.set(title="Validation forces\n(dashed: predicting none)", ylabel="MAE [meV/Å]")
+    for axes in (loss, energy, forces):
+        axes.set_xlabel("step")
+    if evaluations:
+        lines, splits = forces.get_legend_handles_labels()
+        figure.legend(lines, splits, loc="outside lower center", ncols=len(splits), frameon=False)
     path = directory / PLOT
     rewritten = path.with_name(f"{path.stem}.tmp{path.suffix}")
     figure.savefig(rewritten, dpi=150)
@@ -172,39 +181,47 @@ def plot_training(directory: Path | str) -> Path:
 
 
 def _plot_loss(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The loss of each row and, where there are many, a running mean over a fiftieth of them."""
     import numpy as np
 
+    axes.set(title="Training loss", ylabel="loss (normalised)")
     steps = np.array([row["step"] for row in rows])
     values = np.array([row["loss"] for row in rows])
-    axes.set(title="Training loss", xlabel="step", ylabel="loss (normalised)")
-    if not (values > 0).any():
-        return
     width = max(len(values) // 50, 1)
     if width == 1:
-        axes.plot(steps, values, color="C0")
+        axes.plot(steps, values)
     else:
         axes.plot(steps, values, color="C0", alpha=0.25, linewidth=0.8)
         mean = np.convolve(values, np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], mean, color="C0", label=f"mean of {width} rows")
         axes.legend(frameon=False)
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
+    _log_scale(axes, values)
 
 
-def _plot_errors(axes: Axes, rows: Sequence[Mapping[str, Any]], metric: str, baseline: str, guess: str) -> None:
-    """One line per split and, dashed in the same colour, its baseline. The scale is logarithmic: errors fall fast."""
-    axes.set_xlabel("step")
-    splits = list(dict.fromkeys(row["split"] for row in rows))
-    for number, split in enumerate(splits):
+def _plot_errors(axes: Axes, rows: Sequence[Mapping[str, Any]], metric: str, baseline: str) -> None:
+    """One line per split and, dashed in the same colour, its baseline; in thousandths."""
+    shown: list[float] = []
+    for number, split in enumerate(dict.fromkeys(row["split"] for row in rows)):
         own = [row for row in rows if row["split"] == split]
-        axes.plot([row["step"] for row in own], [1e3 * row[metric] for row in own], f"C{number}.-", label=split)
-        level = 1e3 * own[-1].get(baseline, float("nan"))
-        label = guess if len(splits) == 1 else f"{split}, {guess}"
-        axes.axhline(level, color=f"C{number}", linestyle="--", linewidth=1, label=label)
-    if splits:
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(frameon=False)
+        values = [1e3 * row[metric] for row in own]
+        level = 1e3 * own[-1].get(baseline, math.nan)
+        axes.plot([row["step"] for row in own], values, f"C{number}.-", label=split)
+        axes.axhline(level, color=f"C{number}", linestyle="--", linewidth=1)
+        shown += [*values, level]
+    _log_scale(axes, shown)
+
+
+def _log_scale(axes: Axes, values: Iterable[float]) -> None:
+    """A logarithmic axis with plain numbers on it; left alone if there is nothing positive to show."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    if not any(value > 0 for value in values):
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
 
 
 #: Heading, metric, factor and format of each column of `s2ef_table`.
