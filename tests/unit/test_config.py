@@ -212,6 +212,10 @@ def test_mistakes_in_one_line(file: Path, override: str, message: str) -> None:
         (_changed(optim={"max_steps": None}), "optim: neither of max_steps and max_epochs given; expected exactly one"),
         (_changed(optim={"max_epochs": 3}), "optim: both of max_steps and max_epochs given; expected exactly one"),
         (_changed(optim={"lr": 1e-4}), "unknown key optim.lr; did you mean optim.lr_initial?"),
+        (
+            {**REQUIRED, "optim": {"batch_size": 2, "lr_initial": 1e-4, "weight_deca": 0, "max_steps": 1}},
+            "unknown key optim.weight_deca; did you mean optim.weight_decay? (and 1 more)",
+        ),
         (_changed(data={"val": {"id": 5}}), "data.val.id is 5; expected a path"),
         ({**REQUIRED, "task": None}, "task is null; expected a section with keys"),
         ({"model": {"preset": "gemnet-dt"}}, "data is missing (what it is trained and validated on) (and 2 more)"),

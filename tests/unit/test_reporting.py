@@ -66,13 +66,14 @@ def test_a_resumed_log_is_that_of_one_run(tmp_path: Path, killed_at: int) -> Non
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["eval.csv", "log.csv"]
 
 
-def test_a_row_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", ["6", "6,1", "6,16.6,0.00"])
+def test_a_row_cut_short_by_a_kill_is_left_out(tmp_path: Path, torn: str) -> None:
     _write(tmp_path / "whole", range(1, 7))
     _write(tmp_path / "killed", range(1, 6))
     with (tmp_path / "killed" / "log.csv").open("a") as file:
-        file.write("6,1")
+        file.write(torn)
     assert len(read_log(tmp_path / "killed" / "log.csv")) == 5
-    _write(tmp_path / "killed", range(6, 7), resume_step=5)
+    _write(tmp_path / "killed", range(6, 7), resume_step=6)
     assert (tmp_path / "killed" / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
 
 
