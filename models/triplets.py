@@ -30,9 +30,9 @@ from egnscale.models.harmonics import circular_harmonics, circular_norm, spheric
 
 TripletForm = Literal["auto", "harmonic", "block"]
 
-#: Bucket width above which `auto` takes the harmonic form: where the two cost the same on a CPU in fp32
-#: (`benchmarks/triplets.py`).
-HARMONIC_ABOVE = 48
+#: Bucket width above which `auto` takes the harmonic form: where the two cost the same on a CPU in fp32, between
+#: narrow and wide models (`benchmarks/triplets.py`).
+HARMONIC_ABOVE = 56
 
 
 #: What triplet sums need of directions, computed once for all blocks of a model: a tensor for each bucket.
