@@ -65,6 +65,8 @@ def relax_system(system: System, options: EmtOptions) -> Relaxation:
         slab_energy = relax(slab, options.fmax, REFERENCE_STEPS)[-1].energy
         molecule, molecule_energy = gas_phase(system.adsorbate)
         atoms = place(slab, molecule, system.site, rng, gap=attempt * _RAISE)
+        free = atoms.get_tags() != SUB_SURFACE
+        atoms.positions[free] += rng.normal(scale=options.rattle, size=(free.sum(), 3))
         start = Sample.from_atoms(atoms, sid=system.sid)
         samples = [
             replace(

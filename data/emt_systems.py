@@ -49,6 +49,7 @@ class EmtOptions:
     adsorbates: tuple[str, ...] = tuple(sorted(ADSORBATES))
     max_steps: int = 60  #: optimizer steps; a relaxation has at most one frame more
     fmax: float = 0.05  #: eV/A; a relaxation ends when no free atom feels more
+    rattle: float = 0.0  #: A, standard deviation of random displacements of the free atoms before the relaxation
 
     def __post_init__(self) -> None:
         if self.structures < MIN_STRUCTURES:
@@ -65,6 +66,8 @@ class EmtOptions:
                 )
         if self.max_steps < 1 or not self.fmax > 0:
             raise ValueError(f"max_steps is {self.max_steps} and fmax {self.fmax}; both must be positive")
+        if not 0 <= self.rattle <= 0.5:
+            raise ValueError(f"rattle is {self.rattle} A; it must be from 0 to 0.5")
 
 
 @dataclass(frozen=True)

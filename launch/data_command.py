@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument(
         "--fmax", type=float, default=default.fmax, metavar="F", help="eV/A, where it ends (default %(default)s)"
     )
+    make.add_argument(
+        "--rattle",
+        type=float,
+        default=default.rattle,
+        metavar="A",
+        help="random displacements of the free atoms at the start, standard deviation in A (default %(default)s)",
+    )
     text = "count structures, systems, atoms, edges and elements; show energies and forces"
     info = actions.add_parser("info", help=text, description=text)
     info.set_defaults(action_run=_info)
@@ -91,6 +98,7 @@ def _make(args: argparse.Namespace) -> dict[str, Any]:
         adsorbates=args.adsorbates,
         max_steps=args.max_steps,
         fmax=args.fmax,
+        rattle=args.rattle,
     )
     start = time.monotonic()
     columns = (TextColumn("relaxing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for name, path in validation_splits(args.data).items():
             store = open_labelled(path, model.config.num_elements)
             sampler = BalancedBatchSampler(store.num_edges, args.batch_size, 1, 0, shuffle=False)
-            bar = progress.add_task(name, total=len(store))
+            advance = partial(_advance, progress, progress.add_task(name, total=len(store)))
             results[name] = evaluate_s2ef(
                 model,
                 make_loader(store, sampler, model.config, args.workers, device.type == "cuda"),
                 trained.normalizer,
                 device,
                 free_atoms_only=not args.all_atoms,
-                observe=lambda batch, bar=bar: progress.advance(bar, len(batch.sid)),
+                observe=advance,
             )
     if not args.json:
         Console().print(s2ef_table(results))
     return {"checkpoint": str(trained.path), "step": trained.run["step"], "splits": results}
+
+
+def _advance(progress: Any, bar: Any, batch: Any) -> None:
+    progress.advance(bar, len(batch.sid))

@@ -80,11 +80,6 @@ class Trainer:
         resumed = self._find_resumed(resume)
         self.normalizer = self._normalizer(resumed)
         self.sampler = self._sampler(self.train_store, config.optim.batch_size, shuffle=True)
-        if not len(self.sampler):
-            raise ValueError(
-                f"{config.data.train} holds {len(self.train_store)} structures, fewer than one batch for each of "
-                f"{world.size} ranks"
-            )
         self.total_steps = self._total_steps()
         schedule = config.optim.scheduler.model_dump()
         self.schedule = build_schedule(schedule.pop("name"), self.total_steps, **schedule)
@@ -191,11 +186,13 @@ class Trainer:
         optim = self.config.optim
         if optim.max_steps is not None:
             return optim.max_steps
+        assert optim.max_epochs is not None
         return math.ceil(optim.max_epochs * len(self.sampler) / optim.gradient_accumulation)
 
     def _optimizer(self) -> torch.optim.AdamW:
         optim = self.config.optim
-        decayed, plain = [], []
+        decayed: list[torch.nn.Parameter] = []
+        plain: list[torch.nn.Parameter] = []
         for name, parameter in self.objective.named_parameters():
             (plain if any(word in name.split(".")[-1] for word in NO_DECAY) else decayed).append(parameter)
         groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -273,7 +270,12 @@ class Trainer:
         )
         batches = self._batches()
         loss = math.nan
-        with TrainingProgress(self.total_steps, enabled=progress and world.is_main, start=self.step) as bar:
+        with TrainingProgress(
+            self.total_steps,
+            enabled=progress and world.is_main,
+            start=self.step,
+            log_every=config.task.log_every,
+        ) as bar:
             while self.step < self.total_steps:
                 started = time.perf_counter()
                 self.engine.set_lr(config.optim.lr_initial * self.schedule.factor(self.step))

@@ -7,6 +7,7 @@ Source: Gasteiger, Becker, Guennemann, "GemNet: Universal Directional Graph Neur
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ class ScaleFactor(nn.Module):
         super().__init__()
         self.register_buffer("scale_factor", torch.zeros(()))
         #: Set while this factor is being fitted: called with (output, reference).
-        self.observer = None
+        self.observer: Callable[[Tensor, Tensor], None] | None = None
 
     @property
     def fitted(self) -> bool:

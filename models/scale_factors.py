@@ -8,6 +8,7 @@ for each of its factors, on the states kept from the layer before: the whole fit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def _in_execution_order(layer: nn.Module, args: tuple) -> list[ScaleFactor]:
     order: list[ScaleFactor] = []
     sites = [module for module in layer.modules() if isinstance(module, ScaleFactor)]
     for site in sites:
-        site.observer = lambda y, reference, site=site: order.append(site)
+        site.observer = partial(_append, order, site)
     try:
         if sites:
             layer(*args)
@@ -58,6 +59,10 @@ def _in_execution_order(layer: nn.Module, args: tuple) -> list[ScaleFactor]:
         for site in sites:
             site.observer = None
     return order
+
+
+def _append(order: list[ScaleFactor], site: ScaleFactor, y: Tensor, reference: Tensor) -> None:
+    order.append(site)
 
 
 def _fit(
@@ -72,7 +77,7 @@ def _fit(
                 moments[column] += value.double().var(dim=0).mean() * len(y)
 
     factor.scale_factor.zero_()
-    factor.observer = observe  # type: ignore[assignment]
+    factor.observer = observe
     try:
         for args in inputs:
             layer(*args)

@@ -6,6 +6,7 @@ Everything else in the project sees `Engine` and a few collectives on small tens
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import logging
 import math
 import os
@@ -67,41 +68,61 @@ class _NothingCompatible(dict):
 def start_world() -> World:
     """Join the process group that the launcher's environment describes; alone, form one of size 1. Idempotent.
 
-    The `deepspeed` launcher and `torchrun` set RANK and WORLD_SIZE; without them this is one process.
+    The `deepspeed` launcher and `torchrun` set RANK and WORLD_SIZE; under `mpirun`, mpi4py tells them. Otherwise this is
+    one process.
+
+    Raises:
+        ValueError: under `mpirun` without mpi4py, and under `srun` with several tasks.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
+    if not dist.is_initialized():
+        # On CPU, DeepSpeed would compile a shared-memory operator (76 s) that only inference uses.
+        if not cuda:
+            deepspeed.ops.__compatible_ops__ = _NothingCompatible()
+        with _launcher_environment() as by_mpi:
+            deepspeed.init_distributed(
+                dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=by_mpi, verbose=False
+            )
+        atexit.register(dist.destroy_process_group)
+    # deepspeed.initialize insists on the variable.
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     if cuda:
         torch.cuda.set_device(local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
         # The deepspeed launcher leaves every rank all cores.
         peers = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // peers))
-    if not dist.is_initialized():
-        # On CPU, DeepSpeed would compile a shared-memory operator (76 s) that only inference uses.
-        if not cuda:
-            deepspeed.ops.__compatible_ops__ = _NothingCompatible()
-        with _launcher_environment():
-            deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
-        atexit.register(dist.destroy_process_group)
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # deepspeed.initialize insists on it
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
 @contextmanager
-def _launcher_environment() -> Iterator[None]:
-    """The variables that a launcher would have set, for as long as they are needed: child processes inherit them."""
+def _launcher_environment() -> Iterator[bool]:
+    """The variables that DeepSpeed starts from; yields whether it should ask MPI for them.
+
+    A lone process gets them only for as long as they are needed: its child processes would inherit them.
+    """
     if "RANK" in os.environ:
-        yield
+        yield False
         return
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", 1))) > 1:
+        if importlib.util.find_spec("mpi4py") is None:
+            raise ValueError("started by mpirun, but mpi4py is not installed: pip install 'egnscale[mpi]'")
+        yield True
+        return
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if int(tasks) > 1:
+        raise ValueError(
+            f"started by srun with {tasks} tasks, which this version does not join; "
+            "start one task on each node and let it run torchrun or deepspeed"
+        )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in alone.items()})
     try:
-        yield
+        yield False
     finally:
         for key in alone:
             os.environ.pop(key, None)

@@ -123,6 +123,7 @@ def test_one_metal_has_no_split_of_other_metals() -> None:
         ({"size": (3, 3, 2)}, "3x3x2"),
         ({"seed": -1}, "seed is -1"),
         ({"max_steps": 0}, "max_steps is 0"),
+        ({"rattle": -0.1}, "rattle is -0.1"),
     ],
 )
 def test_options_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
