@@ -33,7 +33,7 @@ from egnscale.models.scale_factors import fit_scale_factors
 from egnscale.scaling.checkpoint import LATEST, find_checkpoint, save_checkpoint, verify_checkpoint, write_text
 from egnscale.scaling.ds_config import complete_ds_config, read_ds_config
 from egnscale.scaling.ema import ExponentialMovingAverage
-from egnscale.scaling.engine import Engine, World, barrier, gather_over_ranks, sum_over_ranks
+from egnscale.scaling.engine import Engine, World, gather_over_ranks, once, sum_over_ranks
 
 #: Batches that scale factors are fitted on, over all ranks together.
 SCALE_FACTOR_BATCHES = 16
@@ -69,6 +69,7 @@ class Trainer:
         self.checkpoints = self.directory / "checkpoints"
         self.step = 0
         self.seconds = 0.0
+        self.loss: float | None = None
         self.best: dict[str, float] = {}
         self.evaluations: dict[str, dict[str, float]] = {}
 
@@ -108,12 +109,14 @@ class Trainer:
         self.ema = ExponentialMovingAverage(self.engine, decay) if decay is not None else None
         if resumed is not None:
             self._load(*resumed)
-        elif world.is_main:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_text(self.directory / "config.yaml", config.to_yaml())
-        barrier()
+        else:
+            once(self._make_directory)
 
     # Setting up
+
+    def _make_directory(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_text(self.directory / "config.yaml", self.config.to_yaml())
 
     def _find_resumed(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
         exists = (self.checkpoints / LATEST).is_file()
@@ -124,8 +127,7 @@ class Trainer:
         if not exists:
             return None
         checkpoint = find_checkpoint(self.checkpoints)
-        if self.world.is_main:
-            verify_checkpoint(checkpoint)
+        once(lambda: verify_checkpoint(checkpoint))
         run = read_run(checkpoint)
         for name, value in asdict(self.model_config).items():
             if run["model"].get(name) != value:
@@ -223,6 +225,7 @@ class Trainer:
             self.normalizer,
             step=self.step,
             seconds=self.seconds,
+            loss=self.loss,
             schedule=self.schedule.state_dict(),
             best=self.best,
             evaluations=self.evaluations,
@@ -254,7 +257,7 @@ class Trainer:
             weights = read_weights(checkpoint / WEIGHTS)
             self.ema.load_whole({f"model.{name}": tensor for name, tensor in weights.items()})
         self.schedule.load_state_dict(run["schedule"])
-        self.step, self.seconds = run["step"], run["seconds"]
+        self.step, self.seconds, self.loss = run["step"], run["seconds"], run["loss"]
         self.best, self.evaluations = run["best"], run["evaluations"]
         self.say(f"resumed {checkpoint} at step {self.step}")
 
@@ -269,7 +272,6 @@ class Trainer:
             f"ZeRO-{config.parallel.zero}, {config.parallel.precision}, {self.total_steps} steps"
         )
         batches = self._batches()
-        loss = math.nan
         with TrainingProgress(
             self.total_steps,
             enabled=progress and world.is_main,
@@ -280,7 +282,7 @@ class Trainer:
                 started = time.perf_counter()
                 self.engine.set_lr(config.optim.lr_initial * self.schedule.factor(self.step))
                 loss, structures, atoms, edges = self._train_step(batches)
-                self.step += 1
+                self.step, self.loss = self.step + 1, loss
                 if self.ema:
                     self.ema.update()
                 elapsed = time.perf_counter() - started
@@ -308,7 +310,7 @@ class Trainer:
         return {
             "output": str(self.directory),
             "step": self.step,
-            "loss": loss,
+            "loss": self.loss,
             "seconds": self.seconds,
             "parameters": self.num_parameters,
             "evaluations": self.evaluations,

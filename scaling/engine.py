@@ -12,7 +12,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +68,8 @@ class _NothingCompatible(dict):
 def start_world() -> World:
     """Join the process group that the launcher's environment describes; alone, form one of size 1. Idempotent.
 
-    The `deepspeed` launcher and `torchrun` set RANK and WORLD_SIZE; under `mpirun`, mpi4py tells them. Otherwise this is
-    one process.
+    The `deepspeed` launcher and `torchrun` set RANK and WORLD_SIZE; under `mpirun`, mpi4py tells them. Otherwise this
+    is one process.
 
     Raises:
         ValueError: under `mpirun` without mpi4py, and under `srun` with several tasks.
@@ -144,8 +144,21 @@ def gather_over_ranks(value: Any) -> list[Any]:
     return values
 
 
-def barrier() -> None:
-    dist.barrier()
+def once(action: Callable[[], Any]) -> None:
+    """Do something on rank 0 while the others wait; where it fails, it fails on every rank. Collective.
+
+    Raises:
+        ValueError, OSError: with the message of rank 0's error.
+    """
+    problem: tuple[bool, str] | None = None
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except (ValueError, OSError) as error:
+            problem = (isinstance(error, OSError), str(error))
+    problem = gather_over_ranks(problem)[0]
+    if problem is not None:
+        raise (OSError if problem[0] else ValueError)(problem[1])
 
 
 class _SafeCheckpointEngine(TorchCheckpointEngine):

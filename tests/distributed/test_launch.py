@@ -24,6 +24,7 @@ ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
 }
 
