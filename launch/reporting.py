@@ -226,19 +226,19 @@ def _log_scale(axes: Axes, values: Iterable[float]) -> None:
 
 #: Heading, metric, factor and format of each column of `s2ef_table`.
 _COLUMNS = (
-    ("energy MAE\n[meV]", "energy_mae", 1e3, ".1f"),
-    ("of the mean\n[meV]", "energy_mae_mean", 1e3, ".1f"),
-    ("force MAE\n[meV/Å]", "forces_mae", 1e3, ".2f"),
-    ("of no forces\n[meV/Å]", "forces_mae_zero", 1e3, ".2f"),
+    ("energy\nMAE\n\\[meV]", "energy_mae", 1e3, ".1f"),
+    ("of the\nmean\n\\[meV]", "energy_mae_mean", 1e3, ".1f"),
+    ("force\nMAE\n\\[meV/Å]", "forces_mae", 1e3, ".2f"),
+    ("of no\nforces\n\\[meV/Å]", "forces_mae_zero", 1e3, ".2f"),
     ("force\ncosine", "forces_cos", 1.0, ".3f"),
-    ("EFwT\n[%]", "energy_forces_within_threshold", 1e2, ".2f"),
+    ("EFwT\n\\[%]", "energy_forces_within_threshold", 1e2, ".2f"),
 )
 
 
 def s2ef_table(results: Mapping[str, Mapping[str, float]]) -> Table:
     """A table of S2EF metrics, one row per split, for rich's console; metrics that are missing are shown as "-"."""
     table = Table()
-    table.add_column("split")
+    table.add_column("split", no_wrap=True)
     for heading, *_ in _COLUMNS:
         table.add_column(heading, justify="right")
     for split, metrics in results.items():
