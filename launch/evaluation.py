@@ -48,9 +48,12 @@ def evaluate_s2ef(
         free = ~batch.fixed if free_atoms_only else torch.ones_like(batch.fixed)
         metrics.update(prediction.energy, prediction.forces, batch.energy, batch.forces, graph.system, free)
         observe(batch)
-    metrics.load_tensor(reduce(metrics.tensor()))
-    if bad:
-        raise ValueError(f"the model's prediction is not finite for {bad}")
+    sums = metrics.tensor()
+    # Every rank learns that one failed, so that none waits for it in a later collective.
+    sums = reduce(torch.cat([sums, sums.new_tensor([float(bool(bad))])]))
+    if sums[-1]:
+        raise ValueError(f"the model's prediction is not finite for {bad or 'structures of another rank'}")
+    metrics.load_tensor(sums[:-1])
     return metrics.compute()
 
 
