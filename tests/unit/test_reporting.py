@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import time
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,8 @@ def test_tensorboard(tmp_path: Path) -> None:
             log.train(step, loss=float(10 * step + resume_step))
         log.evaluation(steps[-1], "val", METRICS)
         log.close()
+        # Event files are read in the order of their names, which tell seconds apart; a resumed run starts later.
+        time.sleep(1.1)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert {"train/loss", "val/forces_mae"} <= set(events.Tags()["scalars"])
