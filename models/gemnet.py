@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from egnscale.models.basis import RADIAL_BASES
-from egnscale.models.graph import ExtendedGraph
+from egnscale.models.graph import ExtendedGraph, Pending
 from egnscale.models.layers import INV_SQRT_2, Dense, ScaleFactor, he_orthogonal_, residuals, scaled_silu
 from egnscale.models.segments import segment_sum_backend
 from egnscale.models.triplets import AngularBasis, TripletForm, angular_basis, bilinear, triplet_sum
@@ -166,15 +166,18 @@ class EdgeEmbedding(nn.Module):
         of_source, of_target, of_edge = self.dense.weight.split(
             [self.atom_features, self.atom_features, self.dense.weight.shape[1] - 2 * self.atom_features], dim=1
         )
-        # Atoms are projected before they are gathered: edges outnumber them by one to two orders of magnitude.
         h = h.to(of_source.dtype)
-        sources = graph.partition.gather_sources(h @ of_source.t())
+        sources = graph.partition.gather_sources(h, of_source)
         targets = (h @ of_target.t()).index_select(0, graph.target)
-        return scaled_silu(sources + targets + m.to(of_edge.dtype) @ of_edge.t())
+        edges = m.to(of_edge.dtype) @ of_edge.t()
+        return scaled_silu(sources.wait() + targets + edges)
 
 
 class TripletInteraction(nn.Module):
-    """Messages from all other edges into the same atom, weighted by distance and angle. (E, D) -> (E, D)."""
+    """Messages from all other edges into the same atom, weighted by distance and angle. (E, D) -> (E, D).
+
+    In two halves, so that the block has work for the time that messages are on their way to the reverse edges.
+    """
 
     def __init__(self, config: GemNetConfig) -> None:
         super().__init__()
@@ -188,14 +191,19 @@ class TripletInteraction(nn.Module):
         self.up_projection_ca = Dense(out, edge, activation=True)
         self.up_projection_ac = Dense(out, edge, activation=True)
 
-    def forward(self, m: Tensor, basis: EdgeBasis, angular: AngularBasis, graph: ExtendedGraph) -> Tensor:
+    def send(self, m: Tensor, basis: EdgeBasis, angular: AngularBasis, graph: ExtendedGraph) -> tuple[Tensor, Pending]:
+        """(E, O) messages, and those of the reverse edges, which may be under way."""
         x = self.dense_ba(m)
         x = self.scale_rbf(x * self.mlp_rbf(basis.rbf), reference=x)
         x = self.down_projection(x)
         y = bilinear(triplet_sum(x, angular, graph.buckets), basis.cbf, self.mlp_cbf)
         y = self.scale_cbf_sum(y, reference=x)
-        swapped = graph.partition.swap(y)
-        return (self.up_projection_ca(y) + self.up_projection_ac(swapped)) * INV_SQRT_2
+        return y, graph.partition.swap(y)
+
+    def receive(self, y: Tensor, swapped: Pending) -> Tensor:
+        """What `send` gave -> (E, D)."""
+        ca = self.up_projection_ca(y)
+        return (ca + self.up_projection_ac(swapped.wait())) * INV_SQRT_2
 
 
 class InteractionBlock(nn.Module):
@@ -214,7 +222,9 @@ class InteractionBlock(nn.Module):
 
     def forward(self, state: State, graph: ExtendedGraph) -> State:
         h, m, basis = state.h, state.m, state.basis
-        x = (self.dense_ca(m) + self.trip_interaction(m, basis, state.geometry.angular, graph)) * INV_SQRT_2
+        messages = self.trip_interaction.send(m, basis, state.geometry.angular, graph)
+        skip = self.dense_ca(m)
+        x = (skip + self.trip_interaction.receive(*messages)) * INV_SQRT_2
         m = (m + self.layers_before_skip(x)) * INV_SQRT_2
         m = self.layers_after_skip(m)
         h = (h + self.atom_update(m, basis.rbf_atom, graph)) * INV_SQRT_2
@@ -269,7 +279,7 @@ class Embedding(nn.Module):
     def geometry(self, graph: ExtendedGraph) -> Geometry:
         """Distances, directions and angular factors, in the precision of the positions."""
         at_target = graph.positions.index_select(0, graph.target)
-        vector = at_target - graph.partition.gather_sources(graph.positions) - graph.shift
+        vector = at_target - graph.partition.gather_sources(graph.positions).wait() - graph.shift
         distance = torch.linalg.vector_norm(vector, dim=-1)
         direction = vector / distance[:, None]
         return Geometry(

@@ -5,9 +5,10 @@ target atom. Triplets are never listed: edges are sorted by target, so all tripl
 run of edges, and `EdgeBuckets` arranges those runs into a few dense batches.
 
 `GraphPartition` is the protocol of the verbs; `WholeGraph` is its one-process null object. A model calls verbs and
-never learns how many ranks there are.
+never learns how many ranks there are. Where several share a graph, each holds the atoms that it owns and the edges into
+them, and V, E, T count those.
 
-Shapes in this file: V atoms, E edges, B systems, R rows of the bucketed layout.
+Shapes in this file: V atoms, E edges, T triplets, B systems, R rows of the bucketed layout.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
 SegmentSum = Callable[[Tensor, Tensor, int], Tensor]
+Change = Callable[[Tensor], Tensor]
 
 
 def segment_sum(x: Tensor, index: Tensor, size: int) -> Tensor:
@@ -56,6 +58,11 @@ class _TakeRows(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         index, transpose = ctx.saved_tensors
         return _TakeRows.apply(tangent, index, transpose)
+
+
+def take_rows(x: Tensor, index: Tensor, transpose: Tensor) -> Tensor:
+    """x[index], for an index whose transpose is known: gradients are gathered too, never scattered."""
+    return _TakeRows.apply(x, index, transpose)
 
 
 class EdgeBuckets(NamedTuple):
@@ -97,27 +104,75 @@ class EdgeBuckets(NamedTuple):
 
     def pad(self, x: Tensor) -> Tensor:
         """(E, F) -> (R, F)."""
-        return _TakeRows.apply(x, self.slots, self.rows)
+        return take_rows(x, self.slots, self.rows)
 
     def unpad(self, x: Tensor) -> Tensor:
         """(R, F) -> (E, F)."""
-        return _TakeRows.apply(x, self.rows, self.slots)
+        return take_rows(x, self.rows, self.slots)
 
     def split(self, x: Tensor) -> list[Tensor]:
         """(R, ...) -> one (n, d, ...) view for each bucket."""
         sizes = [n * d for n, d in self.shapes]
         return [part.view(n, d, *x.shape[1:]) for part, (n, d) in zip(x.split(sizes), self.shapes, strict=True)]
 
+    def map(self, change: Change) -> EdgeBuckets:
+        return EdgeBuckets(change(self.slots), change(self.rows), change(self.mask), self.shapes)
+
+
+class Triplets(NamedTuple):
+    """Ordered pairs of different edges into one atom, listed: for models that want a feature for each triplet."""
+
+    sender: Tensor  #: (T,) int64, the edge whose message is taken
+    receiver: Tensor  #: (T,) int64, the edge that gathers it, ascending
+
+    @classmethod
+    def build(cls, target: Tensor, num_atoms: int) -> Triplets:
+        """All triplets of edges that are sorted by `target` (E,)."""
+        degree = torch.bincount(target, minlength=num_atoms)
+        first = torch.cumsum(degree, 0) - degree
+        peers = degree[target]  # edges into the atom that the edge goes to, itself included
+        receiver = torch.repeat_interleave(torch.arange(len(target)), peers)
+        number = torch.arange(len(receiver)) - torch.repeat_interleave(torch.cumsum(peers, 0) - peers, peers)
+        sender = first[target[receiver]] + number
+        different = sender != receiver
+        return cls(sender[different], receiver[different])
+
+    def map(self, change: Change) -> Triplets:
+        return Triplets(change(self.sender), change(self.receiver))
+
+
+class Pending(Protocol):
+    """Rows that may still be under way. Work that does not need them goes between the verb and `wait`."""
+
+    def wait(self) -> Tensor: ...
+
+
+class Arrived(NamedTuple):
+    """Rows that were here all along."""
+
+    rows: Tensor
+
+    def wait(self) -> Tensor:
+        return self.rows
+
 
 class GraphPartition(Protocol):
-    """Who owns which rows, and the exchanges between owners. On one rank: `WholeGraph`."""
+    """Who owns which rows, and the exchanges between owners. On one rank: `WholeGraph`.
 
-    def gather_sources(self, h: Tensor) -> Tensor:
-        """(V, F) atom rows -> (E, F), the row of each edge's source atom."""
+    Every verb is linear, and its derivative is its exact transpose, which is differentiable in turn; all have a jvp.
+    Verbs are collective: all who share a graph call them in the same order, whether or not they own anything.
+    """
+
+    def gather_sources(self, h: Tensor, weight: Tensor | None = None) -> Pending:
+        """(V, F) atom rows -> (E, F), the row of each edge's source atom; with `weight` (G, F): of h W^T, (E, G)."""
         ...
 
-    def swap(self, x: Tensor) -> Tensor:
+    def swap(self, x: Tensor) -> Pending:
         """(E, F) edge rows -> (E, F), the row of each edge's reverse edge."""
+        ...
+
+    def aggregate_triplets(self, x: Tensor) -> Tensor:
+        """(T, F) rows of `ExtendedGraph.triplets` -> (E, F), summed over the triplets that an edge receives."""
         ...
 
     def aggregate(self, x: Tensor, segment_sum: SegmentSum = segment_sum) -> Tensor:
@@ -125,7 +180,11 @@ class GraphPartition(Protocol):
         ...
 
     def total(self, x: Tensor) -> Tensor:
-        """(V, F) atom rows -> (B, F), summed over the atoms of each system."""
+        """(V, F) atom rows -> (B, F), summed over the atoms of each system; the same for all who share the graph."""
+        ...
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Sum of a tensor over all who share the graph, each of whom gets it."""
         ...
 
 
@@ -138,12 +197,19 @@ class WholeGraph:
     reverse: Tensor
     system: Tensor
     num_systems: int
+    triplets: Triplets | None = None
 
-    def gather_sources(self, h: Tensor) -> Tensor:
-        return h.index_select(0, self.source)
+    def gather_sources(self, h: Tensor, weight: Tensor | None = None) -> Pending:
+        # Atoms are projected before they are gathered: edges outnumber them by one to two orders of magnitude.
+        h = h if weight is None else h @ weight.t()
+        return Arrived(h.index_select(0, self.source))
 
-    def swap(self, x: Tensor) -> Tensor:
-        return _TakeRows.apply(x, self.reverse, self.reverse)
+    def swap(self, x: Tensor) -> Pending:
+        return Arrived(take_rows(x, self.reverse, self.reverse))
+
+    def aggregate_triplets(self, x: Tensor) -> Tensor:
+        assert self.triplets is not None, "the graph was built without triplets"
+        return segment_sum(x, self.triplets.receiver, len(self.target))
 
     def aggregate(self, x: Tensor, segment_sum: SegmentSum = segment_sum) -> Tensor:
         return segment_sum(x, self.target, len(self.system))
@@ -151,20 +217,42 @@ class WholeGraph:
     def total(self, x: Tensor) -> Tensor:
         return segment_sum(x, self.system, self.num_systems)
 
+    def reduce(self, x: Tensor) -> Tensor:
+        return x
+
+
+class GraphExchange(Protocol):
+    """How several processes that share a graph reach each other's rows: index lists, built along with the graph."""
+
+    def partition(self, graph: ExtendedGraph) -> GraphPartition: ...
+
+    def map(self, change: Change) -> Self: ...
+
+
+def _mapped(value: Any, change: Change) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    return value.map(change) if hasattr(value, "map") else value
+
 
 @dataclass(frozen=True, eq=False)
 class ExtendedGraph:
-    """A batch of systems as one graph. Immutable; edges are sorted by target and closed under reversal."""
+    """A batch of systems as one graph, or the part of it that one process holds.
+
+    Immutable; edges are sorted by target. A whole graph is closed under reversal.
+    """
 
     positions: Tensor  #: (V, 3) float, A
     atomic_numbers: Tensor  #: (V,) int64
     system: Tensor  #: (V,) int64, the system of each atom, ascending
     num_systems: int  #: B
-    source: Tensor  #: (E,) int64, the neighbour, where a message comes from
+    source: Tensor  #: (E,) int64, the neighbour, where a message comes from; V and up: another process's atom
     target: Tensor  #: (E,) int64, the atom that a message goes to, ascending
     shift: Tensor  #: (E, 3) float, A, added to the source's position to reach the periodic image meant
     reverse: Tensor  #: (E,) int64, index of the edge target -> source through the opposite image
     buckets: EdgeBuckets
+    triplets: Triplets | None = None  #: listed only for models that ask for it
+    exchange: GraphExchange | None = None  #: None: this is the whole graph
 
     @property
     def num_atoms(self) -> int:
@@ -182,29 +270,23 @@ class ExtendedGraph:
 
     @cached_property
     def partition(self) -> GraphPartition:
-        return WholeGraph(self.source, self.target, self.reverse, self.system, self.num_systems)
+        """The verbs."""
+        if self.exchange is not None:
+            return self.exchange.partition(self)
+        return WholeGraph(self.source, self.target, self.reverse, self.system, self.num_systems, self.triplets)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ExtendedGraph:
         """Copy to a device; `dtype` also converts the floating-point fields."""
 
-        def move(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                floating = dtype is not None and value.is_floating_point()
-                return value.to(device, dtype=dtype if floating else None, non_blocking=True)
-            if isinstance(value, EdgeBuckets):
-                return EdgeBuckets(*(move(item) for item in value))
-            return value
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, dtype=dtype if x.is_floating_point() else None, non_blocking=True)
 
-        return replace(self, **{field.name: move(getattr(self, field.name)) for field in fields(self)})
+        return self.map(move)
 
     def pin_memory(self) -> ExtendedGraph:
         """Copy to page-locked memory (called by `torch.utils.data.DataLoader`)."""
+        return self.map(Tensor.pin_memory)
 
-        def pin(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.pin_memory()
-            if isinstance(value, EdgeBuckets):
-                return EdgeBuckets(*(pin(item) for item in value))
-            return value
-
-        return replace(self, **{field.name: pin(getattr(self, field.name)) for field in fields(self)})
+    def map(self, change: Change) -> ExtendedGraph:
+        """The same graph with every tensor changed."""
+        return replace(self, **{field.name: _mapped(getattr(self, field.name), change) for field in fields(self)})

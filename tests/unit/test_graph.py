@@ -43,10 +43,24 @@ def expected(verb: str, graph: ExtendedGraph, x: Tensor) -> Tensor:
     return out
 
 
+def apply(graph: ExtendedGraph, verb: str) -> Linear:
+    def call(x: Tensor) -> Tensor:
+        y = getattr(graph.partition, verb)(x)
+        return y if isinstance(y, Tensor) else y.wait()
+
+    return call
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_verbs_do_what_they_say(graph: ExtendedGraph, verb: str) -> None:
     x = torch.randn(rows_in(verb, graph), 2, dtype=torch.float64)
-    torch.testing.assert_close(getattr(graph.partition, verb)(x), expected(verb, graph, x))
+    torch.testing.assert_close(apply(graph, verb)(x), expected(verb, graph, x))
+
+
+def test_sources_are_projected(graph: ExtendedGraph) -> None:
+    h, weight = torch.randn(graph.num_atoms, 3).double(), torch.randn(2, 3).double()
+    found = graph.partition.gather_sources(h, weight).wait()
+    torch.testing.assert_close(found, h[graph.source] @ weight.t())
 
 
 def assert_adjoint(apply: Linear, rows: int) -> None:
@@ -64,18 +78,18 @@ def assert_adjoint(apply: Linear, rows: int) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_backward_of_a_verb_is_its_transpose(graph: ExtendedGraph, verb: str) -> None:
-    assert_adjoint(getattr(graph.partition, verb), rows_in(verb, graph))
+    assert_adjoint(apply(graph, verb), rows_in(verb, graph))
 
 
 def test_a_wrong_transpose_is_noticed(graph: ExtendedGraph) -> None:
     with pytest.raises(AssertionError):
-        assert_adjoint(lambda x: graph.partition.swap(x) + (x - x.detach()), graph.num_edges)
+        assert_adjoint(lambda x: graph.partition.swap(x).wait() + (x - x.detach()), graph.num_edges)
 
 
 def test_swap_leads_back_through_the_same_image(graph: ExtendedGraph) -> None:
     ends = torch.stack([graph.source, graph.target], dim=1)
-    assert torch.equal(graph.partition.swap(ends), ends.flip(1))
-    assert torch.equal(graph.partition.swap(graph.shift), -graph.shift)
+    assert torch.equal(graph.partition.swap(ends).wait(), ends.flip(1))
+    assert torch.equal(graph.partition.swap(graph.shift).wait(), -graph.shift)
     edges = torch.arange(graph.num_edges)
     assert torch.equal(graph.reverse[graph.reverse], edges)
     assert (graph.reverse != edges).all()
@@ -92,7 +106,7 @@ def test_moving_a_graph_converts_floats_only(graph: ExtendedGraph) -> None:
     assert torch.equal(moved.buckets.rows, graph.buckets.rows)
     assert moved.buckets.mask.dtype == torch.bool
     assert moved.buckets.shapes == graph.buckets.shapes
-    assert graph.to("meta").partition.swap(torch.ones(graph.num_edges, 1, device="meta")).is_meta
+    assert graph.to("meta").partition.swap(torch.ones(graph.num_edges, 1, device="meta")).wait().is_meta
 
 
 def test_half_precision_rows_are_summed_in_fp32() -> None:

@@ -1,0 +1,265 @@
+"""Exchanges of rows among the ranks that share a graph: differentiable, overlapped with other work, and counted.
+
+An exchange is two operations, `post` and `arrive`, so that others fit in between. Each is the transpose of the other:
+backward posts the opposite exchange where forward waited, and waits where forward posted. Because autograd runs
+backward in the reverse order of forward, what overlaps in forward overlaps in backward too. Both are differentiable any
+number of times, and have a jvp.
+
+What autograd sees between the two is a token, a scalar that stands for the exchange; the rows themselves arrive in a
+buffer that nobody can read too early.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Counts = tuple[int, ...]
+
+
+class Site(NamedTuple):
+    """Where an exchange belongs."""
+
+    layer: str  #: of the model, by whoever names layers (`Traffic.layer`)
+    verb: str
+    direction: str  #: forward or backward
+
+
+@dataclass
+class Tally:
+    """What one site has exchanged on this rank."""
+
+    calls: int = 0
+    bytes: int = 0  #: sent to other ranks
+    seconds: float = 0.0  #: waited for rows that had not arrived
+
+
+class Traffic:
+    """Counts exchanges and the time spent waiting for them.
+
+    On a CUDA device waiting blocks the stream, not the process, and is measured with events.
+    """
+
+    def __init__(self) -> None:
+        self.layer = ""
+        self.tallies: defaultdict[Site, Tally] = defaultdict(Tally)
+        self._events: list[tuple[Tally, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def site(self, verb: str, direction: str = "forward") -> Site:
+        return Site(self.layer, verb, direction)
+
+    def count(self, site: Site, sent: int) -> None:
+        tally = self.tallies[site]
+        tally.calls, tally.bytes = tally.calls + 1, tally.bytes + sent
+
+    def wait(self, site: Site, work: dist.Work, device: torch.device) -> None:
+        tally = self.tallies[site]
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            work.wait()
+            end.record()
+            self._events.append((tally, begin, end))
+        else:
+            begun = time.perf_counter()
+            work.wait()
+            tally.seconds += time.perf_counter() - begun
+
+    def read(self) -> dict[Site, Tally]:
+        """What was counted since the last reading."""
+        for tally, begin, end in self._events:
+            end.synchronize()
+            tally.seconds += begin.elapsed_time(end) / 1e3
+        found = dict(self.tallies)
+        self.tallies.clear()
+        self._events.clear()
+        return found
+
+
+def added(tallies: Iterable[Tally]) -> Tally:
+    """The sum of several tallies."""
+    total = Tally()
+    for tally in tallies:
+        total.calls, total.bytes = total.calls + tally.calls, total.bytes + tally.bytes
+        total.seconds += tally.seconds
+    return total
+
+
+@dataclass
+class GraphGroup:
+    """The ranks that share a graph, as one of them sees them.
+
+    Args:
+        ranks: of the world, in the order of their parts.
+        rank: this one's place among them.
+        process_group: carries rows.
+        control: a gloo group, for small facts held on the CPU.
+    """
+
+    ranks: tuple[int, ...]
+    rank: int
+    process_group: dist.ProcessGroup
+    control: dist.ProcessGroup
+    traffic: Traffic = field(default_factory=Traffic)
+    _agreed: set[tuple] = field(default_factory=set)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small picklable value of every rank, in the order of parts."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def agree(self, fact: tuple, what: str) -> None:
+        """Compare a fact with the other ranks, once for each fact; ranks that differ would wait for each other.
+
+        Raises:
+            ValueError: on every rank, naming who holds what.
+        """
+        if fact in self._agreed:
+            return
+        self._agreed.add(fact)
+        self.compare(fact, what)
+
+    def compare(self, fact: tuple, what: str) -> None:
+        """As `agree`, every time."""
+        facts = self.gather(fact)
+        if any(other != facts[0] for other in facts):
+            held = "; ".join(
+                f"rank {rank}: {', '.join(map(str, f))}" for rank, f in zip(self.ranks, facts, strict=True)
+            )
+            raise ValueError(f"ranks that share a graph disagree about {what} ({held})")
+
+
+@dataclass
+class _Flight:
+    """One exchange under way; `back` and `tangent` are those of its backward and of its jvp."""
+
+    group: GraphGroup
+    site: Site
+    sent: Counts
+    received: Counts
+    rows: Tensor | None = None
+    buffer: Tensor | None = None
+    work: dist.Work | None = None
+    back: _Flight | None = None
+    tangent: _Flight | None = None
+
+    def reversed(self) -> _Flight:
+        site = self.site._replace(direction="backward")
+        return _Flight(self.group, site, sent=self.received, received=self.sent)
+
+    def post(self, rows: Tensor) -> None:
+        group = self.group
+        shape = tuple(rows.shape[1:])
+        group.agree((self.site.verb, shape, str(rows.dtype), rows.device.type), f"the rows of `{self.site.verb}`")
+        self.rows = rows.contiguous()  # kept until it has gone
+        self.buffer = rows.new_empty((sum(self.received), *shape))
+        self.work = dist.all_to_all_single(
+            self.buffer, self.rows, list(self.received), list(self.sent), group=group.process_group, async_op=True
+        )
+        group.traffic.count(self.site, rows.numel() * rows.element_size())
+
+    def arrive(self) -> Tensor:
+        assert self.work is not None
+        assert self.buffer is not None
+        self.group.traffic.wait(self.site, self.work, self.buffer.device)
+        buffer = self.buffer
+        self.rows = self.buffer = self.work = None
+        return buffer
+
+
+class _Post(torch.autograd.Function):
+    @staticmethod
+    def forward(rows: Tensor, flight: _Flight) -> Tensor:
+        flight.post(rows)
+        return rows.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.flight = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, token: Tensor) -> tuple[Tensor, None]:
+        return _Arrive.apply(token, ctx.flight.back), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        flight = ctx.flight
+        flight.tangent = _Flight(flight.group, flight.site, flight.sent, flight.received)
+        return _Post.apply(tangent, flight.tangent)
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(token: Tensor, flight: _Flight) -> Tensor:
+        return flight.arrive()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.flight = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.flight.back = ctx.flight.reversed()
+        return _Post.apply(grad, ctx.flight.back), None
+
+    @staticmethod
+    def jvp(ctx: Any, token: Tensor, _: None) -> Tensor:
+        return _Arrive.apply(token, ctx.flight.tangent)
+
+
+class Exchange:
+    """Rows on their way: `sent[p]` of them to part p, `received[p]` from there, both in the order of parts.
+
+    Args:
+        rows: (sum(sent), F), those for part 0 first.
+    """
+
+    def __init__(self, rows: Tensor, group: GraphGroup, verb: str, sent: Counts, received: Counts) -> None:
+        self._flight = _Flight(group, group.traffic.site(verb), sent, received)
+        self._token = _Post.apply(rows, self._flight)
+
+    def wait(self) -> Tensor:
+        """(sum(received), F), those from part 0 first. Once."""
+        return _Arrive.apply(self._token, self._flight)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, group: GraphGroup, site: Site) -> Tensor:
+        group.agree((site.verb, tuple(x.shape[1:]), str(x.dtype), x.device.type), f"the rows of `{site.verb}`")
+        total = x.clone(memory_format=torch.contiguous_format)
+        if x.numel():
+            work = dist.all_reduce(total, group=group.process_group, async_op=True)
+            group.traffic.wait(site, work, x.device)
+            # What a ring sends: every element to a neighbour, once on its way into the sum and once out of it.
+            group.traffic.count(site, 2 * (group.size - 1) * x.numel() * x.element_size() // group.size)
+        return total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, ctx.group, ctx.site = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Sum.apply(grad, ctx.group, ctx.site._replace(direction="backward")), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _Sum.apply(tangent, ctx.group, ctx.site)
+
+
+def sum_over_parts(x: Tensor, group: GraphGroup, verb: str) -> Tensor:
+    """The sum of a tensor over the ranks that share a graph, for each of them. Its transpose is itself."""
+    return _Sum.apply(x, group, group.traffic.site(verb))

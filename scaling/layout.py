@@ -1,0 +1,190 @@
+"""Which rank does what: the axes pipe x data x graph, and the process groups along them.
+
+    pipe 1 x data 2 x graph 4 = 8 ranks
+                graph 0  graph 1  graph 2  graph 3
+        data 0        0        1        2        3
+        data 1        4        5        6        7
+
+Ranks that share a graph are consecutive, so that a launcher that fills node by node puts them on one node where they
+fit. DeepSpeed is told nothing of the graph axis: every rank of a graph evaluates the same loss, verbs are exact
+transposes, and DeepSpeed's mean over all ranks of a pipeline stage is then the right gradient, with no factor anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from egnscale.models.graph import ExtendedGraph
+from egnscale.scaling.collectives import GraphGroup
+from egnscale.scaling.partition import OwnerExchange
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Sizes of the three axes; the graph axis varies fastest.
+
+    Raises:
+        ValueError: for a size below one.
+    """
+
+    pipe: int = 1
+    data: int = 1
+    graph: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in ("pipe", "data", "graph"):
+            if getattr(self, axis) < 1:
+                raise ValueError(f"parallel.{axis} is {getattr(self, axis)}; it must be at least 1")
+
+    @classmethod
+    def of_world(cls, size: int, *, graph: int = 1, pipe: int = 1) -> ParallelLayout:
+        """The layout of a number of ranks, given how many share a graph and how many stages there are.
+
+        Raises:
+            ValueError: where they do not divide the ranks, with the numbers and what would.
+        """
+        together = cls(pipe=pipe, graph=graph)
+        if size % (pipe * graph):
+            possible = [p for p in range(1, size + 1) if size % p == 0 and (size // p) % pipe == 0]
+            near = [p for p in possible if p <= graph][-3:] or possible[:3]
+            advice = f"parallel.graph={' or '.join(map(str, near))}" if near else "another number of ranks"
+            more = -(-size // (pipe * graph)) * pipe * graph
+            raise ValueError(
+                f"pipe({pipe}) x graph({graph}) = {pipe * graph} does not divide {size} rank{'s' * (size != 1)}; "
+                f"try {advice}, or start {more} ranks"
+            )
+        return cls(together.pipe, size // (pipe * graph), together.graph)
+
+    @property
+    def size(self) -> int:
+        return self.pipe * self.data * self.graph
+
+    def rank(self, pipe: int = 0, data: int = 0, graph: int = 0) -> int:
+        return (pipe * self.data + data) * self.graph + graph
+
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """(pipe, data, graph) of a rank."""
+        if not 0 <= rank < self.size:
+            raise ValueError(f"there is no rank {rank} in {self}")
+        rest, graph = divmod(rank, self.graph)
+        return rest // self.data, rest % self.data, graph
+
+    def graph_groups(self) -> list[tuple[int, ...]]:
+        """Ranks that share a graph, group by group."""
+        return [
+            tuple(self.rank(pipe, data, graph) for graph in range(self.graph))
+            for pipe in range(self.pipe)
+            for data in range(self.data)
+        ]
+
+    def data_groups(self) -> list[tuple[int, ...]]:
+        """Ranks that hold the same part of different graphs."""
+        return [
+            tuple(self.rank(pipe, data, graph) for data in range(self.data))
+            for pipe in range(self.pipe)
+            for graph in range(self.graph)
+        ]
+
+    def __str__(self) -> str:
+        ranks = f"{self.size} rank{'s' * (self.size != 1)}"
+        return f"pipe {self.pipe} x data {self.data} x graph {self.graph} = {ranks}"
+
+    def table(self) -> str:
+        """The ranks, drawn."""
+        width = max(len(f"graph {self.graph - 1}"), len(str(self.size - 1)))
+        lines = [str(self)]
+        for pipe in range(self.pipe):
+            stage = f"pipe {pipe}  " if self.pipe > 1 else ""
+            margin = len(f"{stage}data {self.data - 1}")
+            heads = "  ".join(f"graph {graph}".rjust(width) for graph in range(self.graph))
+            lines.append(f"  {'':{margin}}  {heads}")
+            for data in range(self.data):
+                ranks = "  ".join(str(self.rank(pipe, data, graph)).rjust(width) for graph in range(self.graph))
+                lines.append(f"  {f'{stage}data {data}':{margin}}  {ranks}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in a layout, and its process groups."""
+
+    layout: ParallelLayout
+    rank: int
+    device: torch.device
+    data_group: dist.ProcessGroup | None  #: None: this replica is alone
+    graph_group: GraphGroup | None  #: None: every rank has whole graphs
+
+    @classmethod
+    def of_world(cls, device: torch.device, *, graph: int = 1, pipe: int = 1) -> Mesh:
+        """Make the groups. Collective over the world, which has been started.
+
+        Raises:
+            ValueError: as `ParallelLayout.of_world`.
+        """
+        layout = ParallelLayout.of_world(dist.get_world_size(), graph=graph, pipe=pipe)
+        rank = dist.get_rank()
+        data_group, graph_group = None, None
+        # Every rank takes part in making every group, its own or not.
+        if layout.data > 1:
+            for ranks in layout.data_groups():
+                group = dist.new_group(list(ranks))
+                data_group = group if rank in ranks else data_group
+        if layout.graph > 1:
+            for ranks in layout.graph_groups():
+                group, control = dist.new_group(list(ranks)), dist.new_group(list(ranks), backend="gloo")
+                if rank in ranks:
+                    graph_group = GraphGroup(ranks, ranks.index(rank), group, control)
+        return cls(layout, rank, device, data_group, graph_group)
+
+    @property
+    def data_rank(self) -> int:
+        return self.layout.place(self.rank)[1]
+
+    @property
+    def graph_rank(self) -> int:
+        return self.layout.place(self.rank)[2]
+
+    def sum_over_data(self, x: Tensor) -> Tensor:
+        """Sum of a small tensor over replicas; what it sums is the same on all ranks of a graph."""
+        x = x.clone()
+        if self.data_group is not None:
+            dist.all_reduce(x, group=self.data_group)
+        return x
+
+    def place(self, graph: ExtendedGraph) -> ExtendedGraph:
+        """A graph on this rank's device, joined to the parts that others hold. Collective over its ranks.
+
+        Raises:
+            ValueError: on each of them, if they hold parts of different graphs; naming them.
+        """
+        graph = graph.to(self.device)
+        if self.graph_group is None:
+            return graph
+        exchange = graph.exchange
+        assert isinstance(exchange, OwnerExchange)
+        fact = (
+            f"{graph.num_systems} structures",
+            f"{sum(exchange.edges)} edges",
+            f"checksum {exchange.fingerprint:08x}",
+        )
+        self.graph_group.compare(fact, "the batch")
+        return replace(graph, exchange=exchange.join(self.graph_group))
+
+    def collect(self, rows: Tensor, graph: ExtendedGraph) -> Tensor:
+        """(V, F) rows of this part's atoms -> (N, F), of all atoms as the batch numbers them. Without gradient."""
+        exchange = graph.exchange
+        if exchange is None:
+            return rows
+        assert isinstance(exchange, OwnerExchange)
+        assert self.graph_group is not None
+        padded = rows.new_zeros(max(exchange.sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        found = [torch.empty_like(padded) for _ in exchange.sizes]
+        dist.all_gather(found, padded.contiguous(), group=self.graph_group.process_group)
+        whole = rows.new_empty(len(exchange.order), *rows.shape[1:])
+        whole[exchange.order] = torch.cat([part[:size] for part, size in zip(found, exchange.sizes, strict=True)])
+        return whole
