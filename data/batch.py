@@ -16,11 +16,14 @@ from egnscale.models.graph import EdgeBuckets, ExtendedGraph
 
 @dataclass(frozen=True, eq=False)
 class AtomBatch:
-    """What is known about a batch of structures besides the graph. V atoms, B systems."""
+    """What is known about a batch of structures besides the graph. V atoms, B systems.
+
+    Where ranks share a graph, V are the atoms that one of them holds.
+    """
 
     sid: Tensor  #: (B,) int64
     fid: Tensor  #: (B,) int64
-    num_atoms: Tensor  #: (B,) int64
+    num_atoms: Tensor  #: (B,) int64, all of them
     fixed: Tensor  #: (V,) bool
     tags: Tensor  #: (V,) int64
     energy: Tensor | None  #: (B,) float64, eV
@@ -30,6 +33,11 @@ class AtomBatch:
     def names(self) -> list[str]:
         """What error messages call these structures."""
         return [f"sid {sid} fid {fid}" for sid, fid in zip(self.sid.tolist(), self.fid.tolist(), strict=True)]
+
+    def of_atoms(self, atoms: Tensor) -> AtomBatch:
+        """The same structures, with what is known of some of their atoms only."""
+        forces = None if self.forces is None else self.forces[atoms]
+        return replace(self, fixed=self.fixed[atoms], tags=self.tags[atoms], forces=forces)
 
     def to(self, device: torch.device | str) -> AtomBatch:
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self._tensors().items()})
@@ -81,6 +89,21 @@ def build_graph(samples: Sequence[Sample], spec: GraphSpec, dtype: torch.dtype =
         reverse=torch.from_numpy(edges.reverse),
         buckets=EdgeBuckets.build(torch.bincount(target, minlength=int(counts.sum()))),
     )
+
+
+def cell_coordinates(samples: Sequence[Sample]) -> Tensor:
+    """(V, 3) float64, where atoms lie in their cells: fractional along periodic axes (0 to 1), as they are elsewhere.
+
+    Axes without a cell vector are completed by unit vectors.
+    """
+    parts = []
+    for sample in samples:
+        cell = np.where(sample.cell.any(axis=1, keepdims=True), sample.cell, np.eye(3))
+        if abs(np.linalg.det(cell)) < 1e-9:
+            cell = np.eye(3)
+        fractional = sample.positions @ np.linalg.inv(cell)
+        parts.append(np.where(sample.pbc, fractional % 1.0, fractional))
+    return torch.from_numpy(_stack(parts, 3))
 
 
 def _batch(samples: Sequence[Sample]) -> AtomBatch:

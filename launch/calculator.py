@@ -12,8 +12,9 @@ from ase.calculators.calculator import all_changes
 
 from egnscale.data.batch import Collate
 from egnscale.data.sample import Sample
-from egnscale.launch.loading import graph_spec
+from egnscale.launch.loading import PartCollate, graph_spec
 from egnscale.launch.run_files import load_trained
+from egnscale.scaling.layout import Mesh
 
 
 class Calculator(AseCalculator):
@@ -28,6 +29,8 @@ class Calculator(AseCalculator):
         checkpoint: a checkpoint, or a run directory (its latest).
         device: "cpu", "cuda", ...; by default a GPU if there is one.
         dtype: precision of the computation; float64 makes relaxations smoother.
+        mesh: spread each structure over the ranks of its graph group (`Mesh.of_world(device, graph=P)`), for structures
+            that do not fit one device. Every rank runs the same script with the same structures and has whole results.
 
     Raises:
         ValueError: if there is no whole checkpoint; from `calculate`, if the structure makes no sense or holds an
@@ -42,23 +45,26 @@ class Calculator(AseCalculator):
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        mesh: Mesh | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         trained = load_trained(checkpoint)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.mesh = mesh
+        fallback = mesh.device if mesh else "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device or fallback)
         self.model = trained.model.to(self.device, dtype)
         self.normalizer = trained.normalizer
-        self.collate = Collate(graph_spec(self.model.config), self.model.config.num_elements, dtype)
+        collate = Collate(graph_spec(self.model.config), self.model.config.num_elements, dtype)
+        self.collate = PartCollate(collate, mesh.layout.graph, mesh.graph_rank) if mesh else PartCollate(collate)
 
     def calculate(
         self, atoms: Atoms | None = None, properties: list[str] | None = None, system_changes: list[str] = all_changes
     ) -> None:
         super().calculate(atoms, properties or ["energy"], system_changes)
         graph, _ = self.collate([Sample.from_atoms(self.atoms)])
+        graph = self.mesh.place(graph) if self.mesh else graph.to(self.device)
         with torch.no_grad():
-            prediction = self.normalizer.physical(self.model(graph.to(self.device)))
-        self.results = {
-            "energy": prediction.energy.item(),
-            "forces": prediction.forces.double().cpu().numpy(),
-        }
+            prediction = self.normalizer.physical(self.model(graph))
+            forces = self.mesh.collect(prediction.forces, graph) if self.mesh else prediction.forces
+        self.results = {"energy": prediction.energy.item(), "forces": forces.double().cpu().numpy()}

@@ -294,7 +294,9 @@ def _named_schedule(value: Any) -> Any:
 class OptimConfig(_Section):
     """`optim`: AdamW and the length of the run."""
 
-    batch_size: Size = Field(description="structures per data-parallel rank and micro-batch")
+    batch_size: Size = Field(
+        description="structures per replica and micro-batch; ranks that share graphs are one replica"
+    )
     eval_batch_size: Size | None = Field(default=None, description="the same in evaluation; null for batch_size")
     gradient_accumulation: Size = Field(default=1, description="micro-batches per step")
     max_steps: Size | None = Field(default=None, description="length of the run in steps; or give max_epochs")
@@ -334,7 +336,7 @@ class OptimConfig(_Section):
 class ParallelConfig(_Section):
     """`parallel`: how the run is spread."""
 
-    graph: Size = Field(default=1, description="ranks that share each graph")
+    graph: Size = Field(default=1, description="ranks that share each graph; consecutive ones, of one node if they fit")
     pipe: Size = Field(default=1, description="pipeline stages")
     zero: Annotated[Whole, Field(ge=0, le=3)] = Field(default=0, description="DeepSpeed's ZeRO stage, 0..3")
     recompute: Literal["none"] = Field(default="none", description="what is recomputed in the backward pass")
@@ -344,9 +346,9 @@ class ParallelConfig(_Section):
         default=None, description="name of a preset in ds_configs or path of a DeepSpeed JSON"
     )
 
-    @field_validator("graph", "pipe")
+    @field_validator("pipe")
     @classmethod
-    def _one_rank(cls, value: int) -> int:
+    def _one_stage(cls, value: int) -> int:
         if value > 1:
             raise ValueError("values above 1 are not available in this version")
         return value

@@ -15,14 +15,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=["s2ef"], default="s2ef")
     parser.add_argument("--batch-size", type=int, default=8, help="structures per batch (default 8)")
     parser.add_argument("--workers", type=int, default=0, help="processes that build graphs (default 0)")
+    parser.add_argument(
+        "--graph", type=int, default=1, metavar="P", help="ranks that share each graph, under a launcher (default 1)"
+    )
     parser.add_argument("--all-atoms", action="store_true", help="count forces of fixed atoms too")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.batch_size < 1 or args.workers < 0:
-        raise ValueError("--batch-size must be at least 1 and --workers at least 0")
+    if args.batch_size < 1 or args.workers < 0 or args.graph < 1:
+        raise ValueError("--batch-size and --graph must be at least 1 and --workers at least 0")
 
-    import torch
     from rich.console import Console
     from rich.progress import Progress
 
@@ -31,28 +33,44 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from egnscale.launch.loading import make_loader, open_labelled, validation_splits
     from egnscale.launch.reporting import s2ef_table
     from egnscale.launch.run_files import load_trained
+    from egnscale.scaling.engine import start_world
+    from egnscale.scaling.layout import Mesh
 
     trained = load_trained(args.checkpoint)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = trained.model.to(device)
+    mesh = Mesh.of_world(start_world().device, graph=args.graph)
+    model = trained.model.to(mesh.device)
+    is_main = mesh.rank == 0
     results: dict[str, dict[str, float]] = {}
-    with Progress(console=Console(stderr=True), disable=args.json or not sys.stderr.isatty()) as progress:
+    quiet = args.json or not is_main or not sys.stderr.isatty()
+    with Progress(console=Console(stderr=True), disable=quiet) as progress:
         for name, path in validation_splits(args.data).items():
             store = open_labelled(path, model.config.num_elements)
-            sampler = BalancedBatchSampler(store.num_edges, args.batch_size, 1, 0, shuffle=False)
-            advance = partial(_advance, progress, progress.add_task(name, total=len(store)))
+            replicas = mesh.layout.data
+            sampler = BalancedBatchSampler(store.num_edges, args.batch_size, replicas, mesh.data_rank, shuffle=False)
+            advance = partial(_advance, progress, progress.add_task(name, total=len(store)), replicas)
+            loader = make_loader(
+                store,
+                sampler,
+                model.config,
+                workers=args.workers,
+                pin=mesh.device.type == "cuda",
+                parts=mesh.layout.graph,
+                part=mesh.graph_rank,
+            )
             results[name] = evaluate_s2ef(
                 model,
-                make_loader(store, sampler, model.config, args.workers, device.type == "cuda"),
+                loader,
                 trained.normalizer,
-                device,
+                mesh.device,
+                place=mesh.place,
                 free_atoms_only=not args.all_atoms,
+                reduce=mesh.sum_over_data,
                 observe=advance,
             )
-    if not args.json:
+    if is_main and not args.json:
         Console().print(s2ef_table(results))
     return {"checkpoint": str(trained.path), "step": trained.run["step"], "splits": results}
 
 
-def _advance(progress: Any, bar: Any, batch: Any) -> None:
-    progress.advance(bar, len(batch.sid))
+def _advance(progress: Any, bar: Any, replicas: int, batch: Any) -> None:
+    progress.advance(bar, len(batch.sid) * replicas)

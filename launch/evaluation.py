@@ -21,6 +21,7 @@ def evaluate_s2ef(
     normalizer: Normalizer,
     device: torch.device,
     *,
+    place: Callable[[ExtendedGraph], ExtendedGraph] | None = None,
     free_atoms_only: bool = True,
     max_batches: int | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
@@ -29,8 +30,9 @@ def evaluate_s2ef(
     """Metrics of normalised predictions over labelled batches.
 
     Args:
+        place: puts a graph on the device (`Mesh.place`; None: that is all).
         max_batches: stop after so many (None: all).
-        reduce: sums accumulators over ranks.
+        reduce: sums accumulators over replicas.
         observe: called after each batch, for progress.
 
     Raises:
@@ -39,17 +41,17 @@ def evaluate_s2ef(
     metrics = S2EFMetrics(energy_mean=normalizer.energy_mean)
     bad = ""
     for graph, batch in islice(batches, max_batches):
-        graph, batch = graph.to(device), batch.to(device)
+        graph, batch = place(graph) if place else graph.to(device), batch.to(device)
         prediction = normalizer.physical(predict(graph))
         if not bad:
             bad = ", ".join(non_finite(prediction, graph, batch)[:3])
         assert batch.energy is not None
         assert batch.forces is not None
         free = ~batch.fixed if free_atoms_only else torch.ones_like(batch.fixed)
-        metrics.update(prediction.energy, prediction.forces, batch.energy, batch.forces, graph.system, free)
+        metrics.update(prediction.energy, prediction.forces, batch.energy, batch.forces, free, graph.partition.total)
         observe(batch)
     sums = metrics.tensor()
-    # Every rank learns that one failed, so that none waits for it in a later collective.
+    # Every replica learns that one failed, so that none waits for it in a later collective.
     sums = reduce(torch.cat([sums, sums.new_tensor([float(bool(bad))])]))
     if sums[-1]:
         raise ValueError(f"the model's prediction is not finite for {bad or 'structures of another rank'}")
@@ -58,8 +60,7 @@ def evaluate_s2ef(
 
 
 def non_finite(prediction: Prediction, graph: ExtendedGraph, batch: AtomBatch) -> list[str]:
-    """Names of the structures whose prediction is NaN or infinite."""
-    bad = ~torch.isfinite(prediction.energy)
-    rows = ~torch.isfinite(prediction.forces).all(dim=-1)
-    bad = bad.index_put((graph.system[rows],), torch.ones((), dtype=torch.bool, device=bad.device))
+    """Names of the structures whose prediction is NaN or infinite. Collective over ranks that share a graph."""
+    rows = ~torch.isfinite(prediction.forces).all(dim=-1, keepdim=True)
+    bad = ~torch.isfinite(prediction.energy) | (graph.partition.total(rows.double())[:, 0] > 0)
     return [batch.names[index] for index in torch.nonzero(bad).flatten().tolist()]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader
 
-from egnscale.data.batch import Collate
+from egnscale.data.batch import AtomBatch, Collate, cell_coordinates
 from egnscale.data.neighbors import GraphSpec
+from egnscale.data.sample import Sample
 from egnscale.data.sampler import BalancedBatchSampler
 from egnscale.data.store import Store
-from egnscale.models import GemNetConfig
+from egnscale.models import ExtendedGraph, GemNetConfig
+from egnscale.scaling.partition import partition_by_owner
 
 
 def graph_spec(config: GemNetConfig) -> GraphSpec:
@@ -39,14 +43,43 @@ def open_labelled(path: str | Path, num_elements: int) -> Store:
     return store
 
 
+@dataclass(frozen=True)
+class PartCollate:
+    """Samples to the part of their graph that one rank holds, and what is known of its atoms.
+
+    Args:
+        collate: makes the whole graph.
+        parts: ranks that share it.
+        part: this one, 0 .. parts - 1.
+    """
+
+    collate: Collate
+    parts: int = 1
+    part: int = 0
+
+    def __call__(self, samples: Sequence[Sample]) -> tuple[ExtendedGraph, AtomBatch]:
+        graph, batch = self.collate(samples)
+        if self.parts == 1:
+            return graph, batch
+        graph, atoms = partition_by_owner(graph, cell_coordinates(samples), self.parts, self.part)
+        return graph, batch.of_atoms(atoms)
+
+
 def make_loader(
-    store: Store, sampler: BalancedBatchSampler, model: GemNetConfig, workers: int, pin: bool
+    store: Store,
+    sampler: BalancedBatchSampler,
+    model: GemNetConfig,
+    *,
+    workers: int = 0,
+    pin: bool = False,
+    parts: int = 1,
+    part: int = 0,
 ) -> DataLoader:
-    """Loader of (graph, batch) pairs; graphs are built in its workers."""
+    """Loader of (graph, batch) pairs; graphs, or one part of each, are built in its workers."""
     return DataLoader(
         store,  # type: ignore[arg-type]
         batch_sampler=sampler,
-        collate_fn=Collate(graph_spec(model), model.num_elements),
+        collate_fn=PartCollate(Collate(graph_spec(model), model.num_elements), parts, part),
         num_workers=workers,
         pin_memory=pin,
     )

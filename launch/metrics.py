@@ -15,6 +15,8 @@ Source: Chanussot et al., ACS Catalysis 2021 (OC20), section "Evaluation metrics
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -55,10 +57,12 @@ class S2EFMetrics:
         prediction_forces: Tensor,
         target_energy: Tensor,
         target_forces: Tensor,
-        system: Tensor,
         free: Tensor,
+        total: Callable[[Tensor], Tensor],
     ) -> None:
         """Add a batch. Nothing is copied to the host, so the device is not waited for.
+
+        Where several ranks share a graph, each passes the forces of its own atoms, and all come to the same sums.
 
         A structure without free atoms counts as within the force threshold: there is no force that could be wrong.
 
@@ -67,37 +71,36 @@ class S2EFMetrics:
             prediction_forces: (V, 3) eV/A
             target_energy: (B,) eV
             target_forces: (V, 3) eV/A
-            system: (V,) int64, the structure of each atom
             free: (V,) bool; True for the atoms whose forces are judged
+            total: (V, F) -> (B, F), sums over the atoms of each structure (`GraphPartition.total`)
         """
         energy, energy_target = prediction_energy.double(), target_energy.double()
         forces, forces_target = prediction_forces.double(), target_forces.double()
-        weight = free.to(forces.dtype)
 
-        energy_error = (energy - energy_target).abs()
         # Where, not times zero: what is said of a fixed atom must not matter, not even if it is NaN.
         error = torch.where(free[:, None], (forces - forces_target).abs(), 0.0)
         length, length_target = forces.norm(dim=-1), forces_target.norm(dim=-1)
         cos = torch.cosine_similarity(forces, forces_target, dim=-1, eps=1e-8)
-
         # Counting violations, rather than taking a maximum, makes a NaN a violation.
-        too_far = (~(error < FORCE_THRESHOLD)).any(-1).to(weight.dtype)
-        violations = torch.zeros_like(energy).index_add(0, system, too_far)
-        within = (energy_error < ENERGY_THRESHOLD) & (violations == 0)
+        too_far = (~(error < FORCE_THRESHOLD)).any(-1)
+        of_atoms = [
+            free.double(),
+            *error.unbind(1),
+            torch.where(free, cos, 0.0),
+            torch.where(free, (length - length_target).abs(), 0.0),
+            torch.where(free[:, None], forces_target.abs(), 0.0).sum(-1),
+        ]
+        sums = total(torch.stack([too_far.double(), *of_atoms], dim=-1))
 
-        batch = torch.stack(
-            [
-                torch.full_like(weight.sum(), energy.numel()),
-                energy_error.sum(),
-                (energy_target - self.energy_mean).abs().sum(),
-                within.sum(dtype=weight.dtype),
-                weight.sum(),
-                *error.sum(0),
-                torch.where(free, cos, 0.0).sum(),
-                torch.where(free, (length - length_target).abs(), 0.0).sum(),
-                torch.where(free[:, None], forces_target.abs(), 0.0).sum(),
-            ]
-        )
+        energy_error = (energy - energy_target).abs()
+        within = (energy_error < ENERGY_THRESHOLD) & (sums[:, 0] == 0)
+        of_structures = [
+            torch.ones_like(energy),
+            energy_error,
+            (energy_target - self.energy_mean).abs(),
+            within.double(),
+        ]
+        batch = torch.cat([torch.stack(of_structures).sum(1), sums[:, 1:].sum(0)])
         self._sums = self._sums.to(batch.device) + batch
 
     def tensor(self) -> Tensor:
@@ -154,6 +157,7 @@ def s2ef_loss(
     force_coefficient: float,
     energy_count: float | Tensor,
     force_count: float | Tensor,
+    total: Callable[[Tensor], Tensor] = lambda of_atoms: of_atoms,
 ) -> Tensor:
     """c_E sum |dE| / energy_count + c_F sum over free atoms of |dF|_2 / force_count; a scalar.
 
@@ -167,10 +171,11 @@ def s2ef_loss(
         free: (V,) bool; True for the atoms that are trained on
         energy_count: structures to average over
         force_count: free atoms to average over
+        total: as for `S2EFMetrics.update`, where ranks share a graph: each passes its own atoms, all have the same loss
     """
     energy_error = (prediction_energy - target_energy).abs().sum()
     difference = (prediction_forces - target_forces).masked_fill(~free[:, None], 0.0)
-    force_error = torch.linalg.vector_norm(difference, dim=-1).sum()
+    force_error = total(torch.linalg.vector_norm(difference, dim=-1, keepdim=True)).sum()
     return energy_coefficient * _mean(energy_error, energy_count) + force_coefficient * _mean(force_error, force_count)
 
 

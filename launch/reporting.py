@@ -1,7 +1,8 @@
 """What a person sees of a run: log files, a plot of them, the table of an evaluation, a progress line.
 
 The log is two CSV files that any tool reads, `log.csv` (one row per `log_every` steps) and `eval.csv` (one per
-evaluation and split), and the same numbers for TensorBoard. Energies eV, forces eV/A; people are shown meV.
+evaluation and split), and the same numbers for TensorBoard. Where ranks share graphs, `exchanges.csv` says what rank 0
+exchanged, layer by layer. Energies eV, forces eV/A; people are shown meV.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,8 +26,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch.utils.tensorboard import SummaryWriter
 
+    from egnscale.scaling.collectives import Site, Tally
+
 TRAIN_LOG = "log.csv"
 EVAL_LOG = "eval.csv"
+EXCHANGE_LOG = "exchanges.csv"
 PLOT = "training.png"
 TENSORBOARD = "tensorboard"
 
@@ -44,6 +49,7 @@ class RunLog:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._train = _CsvLog(self.directory / TRAIN_LOG, resume_step)
         self._eval = _CsvLog(self.directory / EVAL_LOG, resume_step)
+        self._exchanges: _CsvLog | None = None
         self._resume_step = resume_step
         self._tensorboard = tensorboard
         self._writer: SummaryWriter | None = None
@@ -58,10 +64,20 @@ class RunLog:
         self._eval.add({"step": step, "split": split, **metrics})
         self._scalars(split, step, metrics)
 
+    def exchanges(self, step: int, tallies: Mapping[Site, Tally]) -> None:
+        """Add to `exchanges.csv` what one rank exchanged in a step, by layer and verb."""
+        if tallies and self._exchanges is None:
+            self._exchanges = _CsvLog(self.directory / EXCHANGE_LOG, self._resume_step)
+        for site, tally in tallies.items():
+            assert self._exchanges is not None
+            self._exchanges.add({"step": step, **site._asdict(), **asdict(tally)})
+
     def close(self) -> None:
         """Close all files; rows were on disk as soon as they were added."""
         self._train.close()
         self._eval.close()
+        if self._exchanges is not None:
+            self._exchanges.close()
         if self._writer is not None:
             self._writer.close()
 

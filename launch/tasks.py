@@ -50,7 +50,8 @@ class S2EF(nn.Module):
 
     Loss (OC20): energy_coefficient * mean |dE| over structures + force_coefficient * mean |dF|_2 over free atoms, on
     normalised targets. Means are over all replicas: `counts` holds the numbers of structures and of free atoms that
-    this replica's sums are divided by, so that the average of the replicas' losses is the mean over all.
+    this replica's sums are divided by, so that the average of the replicas' losses is the mean over all. Ranks that
+    share a graph evaluate the same loss.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class S2EF(nn.Module):
         self.free_atoms_only = free_atoms_only
 
     def trained_atoms(self, batch: AtomBatch) -> Tensor:
-        """(V,) bool, the atoms whose forces count."""
+        """(V,) bool, the atoms whose forces count, of those that this rank holds."""
         return ~batch.fixed if self.free_atoms_only else torch.ones_like(batch.fixed)
 
     def forward(self, graph: ExtendedGraph, batch: AtomBatch, counts: Tensor) -> tuple[Tensor, Prediction]:
@@ -88,5 +89,6 @@ class S2EF(nn.Module):
             force_coefficient=self.force_coefficient,
             energy_count=counts[0],
             force_count=counts[1],
+            total=graph.partition.total,
         )
         return loss, Prediction(prediction.energy.detach(), prediction.forces.detach())

@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from egnscale.data.batch import AtomBatch, Collate
+from egnscale.data.batch import AtomBatch
 from egnscale.data.sampler import BalancedBatchSampler
 from egnscale.launch.config import RunConfig
 from egnscale.launch.evaluation import evaluate_s2ef, non_finite
-from egnscale.launch.loading import graph_spec, make_loader, open_labelled, sizes_for_balance, validation_splits
+from egnscale.launch.loading import make_loader, open_labelled, sizes_for_balance, validation_splits
 from egnscale.launch.reporting import RunLog, TrainingProgress, plot_training
 from egnscale.launch.run_files import RUN, WEIGHTS, read_run, read_weights, run_record, save_weights
 from egnscale.launch.schedules import build_schedule
@@ -31,14 +31,25 @@ from egnscale.launch.tasks import S2EF, Normalizer
 from egnscale.models import ExtendedGraph, Prediction, build_model, count_parameters, model_config
 from egnscale.models.scale_factors import fit_scale_factors
 from egnscale.scaling.checkpoint import LATEST, find_checkpoint, save_checkpoint, verify_checkpoint, write_text
+from egnscale.scaling.collectives import added
 from egnscale.scaling.ds_config import complete_ds_config, read_ds_config
 from egnscale.scaling.ema import ExponentialMovingAverage
 from egnscale.scaling.engine import Engine, World, gather_over_ranks, once, sum_over_ranks
+from egnscale.scaling.layout import Mesh
 
-#: Batches that scale factors are fitted on, over all ranks together.
+#: Batches that scale factors are fitted on, over all replicas together.
 SCALE_FACTOR_BATCHES = 16
 #: Parameters that weight decay leaves alone.
 NO_DECAY = ("embedding", "frequencies", "bias")
+
+
+class StepSums(NamedTuple):
+    """What an optimizer step went through, over all ranks."""
+
+    loss: float
+    structures: float
+    atoms: float
+    edges: float
 
 
 class Trainer:
@@ -65,6 +76,7 @@ class Trainer:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.config, self.world, self.say = config, world, say
+        self.mesh = Mesh.of_world(world.device, graph=config.parallel.graph)
         self.directory = Path(config.task.output)
         self.checkpoints = self.directory / "checkpoints"
         self.step = 0
@@ -87,6 +99,7 @@ class Trainer:
 
         torch.manual_seed(config.task.seed)  # the same weights on every rank
         model = build_model(self.model_config)
+        self.mesh.name_layers(model.layers)
         self.objective = S2EF(
             model,
             self.normalizer,
@@ -178,8 +191,8 @@ class Trainer:
         return BalancedBatchSampler(
             sizes_for_balance(store, self.config.optim.load_balancing),
             batch_size,
-            num_replicas=self.world.size,
-            rank=self.world.rank,
+            num_replicas=self.mesh.layout.data,
+            rank=self.mesh.data_rank,
             seed=self.config.task.seed,
             shuffle=shuffle,
         )
@@ -207,14 +220,12 @@ class Trainer:
         )
 
     def _fit_scale_factors(self) -> None:
-        collate = Collate(graph_spec(self.model_config), self.model_config.num_elements)
-        mine = islice(iter(self.sampler), max(1, SCALE_FACTOR_BATCHES // self.world.size))
-        graphs = [collate([self.train_store[index] for index in indices])[0] for indices in mine]
-        device = self.world.device
-        factors = fit_scale_factors(
-            self.objective.model.to(device), [graph.to(device) for graph in graphs], reduce=sum_over_ranks
-        )
-        self.say(f"fitted {len(factors)} scale factors on {len(graphs)} batches per rank")
+        loader = self._loader(self.train_store, self.sampler, workers=0)
+        batches = islice(loader, max(1, SCALE_FACTOR_BATCHES // self.mesh.layout.data))
+        graphs = [self.mesh.place(graph) for graph, _ in batches]
+        model = self.objective.model.to(self.world.device)
+        factors = fit_scale_factors(model, graphs, reduce=self.mesh.sum_over_data)
+        self.say(f"fitted {len(factors)} scale factors on {len(graphs)} batches per replica")
 
     # Checkpoints
 
@@ -268,7 +279,7 @@ class Trainer:
         config, world = self.config, self.world
         log = RunLog(self.directory, resume_step=self.step) if world.is_main else None
         self.say(
-            f"{self.num_parameters:,} parameters, {len(self.train_store):,} structures, {world.size} rank(s), "
+            f"{self.num_parameters:,} parameters, {len(self.train_store):,} structures, {self.mesh.layout.table()}, "
             f"ZeRO-{config.parallel.zero}, {config.parallel.precision}, {self.total_steps} steps"
         )
         batches = self._batches()
@@ -281,26 +292,30 @@ class Trainer:
             while self.step < self.total_steps:
                 started = time.perf_counter()
                 self.engine.set_lr(config.optim.lr_initial * self.schedule.factor(self.step))
-                loss, structures, atoms, edges = self._train_step(batches)
-                self.step, self.loss = self.step + 1, loss
+                sums = self._train_step(batches)
+                self.step, self.loss = self.step + 1, sums.loss
                 if self.ema:
                     self.ema.update()
                 elapsed = time.perf_counter() - started
                 self.seconds += elapsed
                 last = self.step == self.total_steps
-                bar.update(self.step, loss=loss, atoms_per_second=atoms / elapsed)
+                bar.update(self.step, loss=sums.loss, atoms_per_second=sums.atoms / elapsed)
+                exchanged = self.mesh.traffic()
                 if log and (self.step % config.task.log_every == 0 or last):
                     log.train(
                         self.step,
                         epoch=self._epoch(),
-                        loss=loss,
+                        loss=sums.loss,
                         lr=config.optim.lr_initial * self.schedule.factor(self.step - 1),
                         grad_norm=self.engine.gradient_norm(),
-                        structures_per_second=structures / elapsed,
-                        atoms_per_second=atoms / elapsed,
-                        edges_per_second=edges / elapsed,
+                        structures_per_second=sums.structures / elapsed,
+                        atoms_per_second=sums.atoms / elapsed,
+                        edges_per_second=sums.edges / elapsed,
+                        exchanged_mb=added(exchanged.values()).bytes / 1e6,
+                        exchange_wait=added(exchanged.values()).seconds,
                         seconds=self.seconds,
                     )
+                    log.exchanges(self.step, exchanged)
                 improved = (self.step % config.task.eval_every == 0 or last) and self._evaluate(log, all_splits=last)
                 if self.step % config.task.checkpoint_every == 0 or improved or last:
                     self._save()
@@ -327,34 +342,44 @@ class Trainer:
             yield from self._loader(self.train_store, self.sampler)
             epoch, position = epoch + 1, 0
 
-    def _loader(self, store: Any, sampler: BalancedBatchSampler) -> Any:
-        pin = self.world.device.type == "cuda"
-        return make_loader(store, sampler, self.model_config, self.config.data.workers, pin)
+    def _loader(self, store: Any, sampler: BalancedBatchSampler, workers: int | None = None) -> Any:
+        return make_loader(
+            store,
+            sampler,
+            self.model_config,
+            workers=self.config.data.workers if workers is None else workers,
+            pin=self.world.device.type == "cuda",
+            parts=self.mesh.layout.graph,
+            part=self.mesh.graph_rank,
+        )
 
-    def _train_step(self, batches: Iterator[tuple[ExtendedGraph, AtomBatch]]) -> tuple[float, float, float, float]:
-        """One optimizer step; returns the loss, structures, atoms and edges over all ranks."""
-        device, world = self.world.device, self.world
+    def _train_step(self, batches: Iterator[tuple[ExtendedGraph, AtomBatch]]) -> StepSums:
+        """One optimizer step."""
+        device, mesh = self.world.device, self.mesh
+        mesh.traffic()  # what evaluation exchanged is no part of a step
         self.engine.train()
         seen = torch.zeros(4, dtype=torch.float64, device=device)
         accumulation = self.config.optim.gradient_accumulation
         for _ in range(accumulation):
             graph, batch = next(batches)
-            graph, batch = graph.to(device), batch.to(device)
+            graph, batch = mesh.place(graph), batch.to(device)
+            # Ranks that share a graph each have their own atoms and edges, and all of its structures.
+            structures = graph.num_systems if mesh.graph_rank == 0 else 0
             local = torch.tensor(
-                [graph.num_systems, self.objective.trained_atoms(batch).sum(), graph.num_atoms, graph.num_edges],
+                [structures, self.objective.trained_atoms(batch).sum(), graph.num_atoms, graph.num_edges],
                 dtype=torch.float64,
                 device=device,
             )
             total = sum_over_ranks(local)
-            # Sums divided by (global count / ranks) average over ranks to the global mean.
-            counts = (total[:2] / world.size).clamp(min=1e-12)
+            # Sums divided by (global count / replicas) average over replicas to the global mean.
+            counts = (total[:2] / mesh.layout.data).clamp(min=1e-12)
             loss, prediction = self.engine(graph, batch, counts)
             self._check_finite(loss, prediction, graph, batch)
             self.engine.backward(loss)
             self.engine.step()
             seen += torch.stack([loss.detach().double() / accumulation, local[0], local[2], local[3]])
-        loss_sum, structures, atoms, edges = sum_over_ranks(seen).tolist()
-        return loss_sum / world.size, structures, atoms, edges
+        loss_sum, *rest = sum_over_ranks(seen).tolist()
+        return StepSums(loss_sum / self.world.size, *rest)
 
     def _check_finite(self, loss: Tensor, prediction: Prediction, graph: ExtendedGraph, batch: AtomBatch) -> None:
         """Stop every rank when any rank's loss is NaN or infinite, naming the structures."""
@@ -409,9 +434,10 @@ class Trainer:
                 self._loader(store, sampler),
                 self.normalizer,
                 self.world.device,
+                place=self.mesh.place,
                 free_atoms_only=self.config.task.eval_on_free_atoms,
                 max_batches=max_batches,
-                reduce=sum_over_ranks,
+                reduce=self.mesh.sum_over_data,
             )
 
         if self.ema is None:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from egnscale.models.graph import ExtendedGraph
+from egnscale.models.graph import ExtendedGraph, GraphPartition
 from egnscale.models.layers import ScaleFactor
 
 
@@ -32,7 +32,7 @@ def fit_scale_factors(
 
     Args:
         graphs: this process's batches.
-        reduce: sums moments (2,) over processes where the batches are spread over several.
+        reduce: sums moments (2,) over processes that hold other batches; those that share a graph need no other sum.
 
     Raises:
         ValueError: if a variance is zero or not finite, naming the factor.
@@ -70,16 +70,16 @@ def _fit(
 ) -> float:
     moments = torch.zeros(2, dtype=torch.float64, device=factor.scale_factor.device)
 
-    def observe(y: Tensor, reference: Tensor) -> None:
-        # Mean over features of the variance over rows; batches count by their rows, as the published fit does.
+    def observe(partition: GraphPartition, y: Tensor, reference: Tensor) -> None:
+        # Batches count by their rows, as the published fit does.
+        rows = partition.reduce(moments.new_tensor([len(y)]))
         for column, value in enumerate((y, reference)):
-            if len(value) > 1:
-                moments[column] += value.double().var(dim=0).mean() * len(y)
+            moments[column] += _variance(value.double(), partition) * rows[0]
 
     factor.scale_factor.zero_()
-    factor.observer = observe
     try:
         for args in inputs:
+            factor.observer = partial(observe, args[-1].partition)
             layer(*args)
     finally:
         factor.observer = None
@@ -89,3 +89,10 @@ def _fit(
     value = (reference / out) ** 0.5
     factor.scale_factor.fill_(value)
     return value
+
+
+def _variance(x: Tensor, partition: GraphPartition) -> Tensor:
+    """() mean over features of the variance over rows (N, F), of which several processes may hold parts."""
+    count, *sums = partition.reduce(torch.cat([x.new_tensor([len(x)]), x.sum(0)])).split([1, x.shape[1]])
+    squares = partition.reduce((x - sums[0] / count.clamp(min=1)).square().sum(0))
+    return (squares / (count - 1).clamp(min=1)).mean()

@@ -12,14 +12,15 @@ transposes, and DeepSpeed's mean over all ranks of a pipeline stage is then the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from egnscale.models.graph import ExtendedGraph
-from egnscale.scaling.collectives import GraphGroup
+from egnscale.scaling.collectives import GraphGroup, Site, Tally
 from egnscale.scaling.partition import OwnerExchange
 
 
@@ -173,6 +174,23 @@ class Mesh:
         )
         self.graph_group.compare(fact, "the batch")
         return replace(graph, exchange=exchange.join(self.graph_group))
+
+    def name_layers(self, layers: Sequence[nn.Module]) -> None:
+        """Let exchanges be counted by the layer of a model that asks for them."""
+        if self.graph_group is None:
+            return
+        traffic = self.graph_group.traffic
+
+        def enter(name: str) -> Callable[..., None]:
+            return lambda *_: setattr(traffic, "layer", name)
+
+        for number, layer in enumerate(layers):
+            layer.register_forward_pre_hook(enter(f"{number} {type(layer).__name__}"))
+            layer.register_forward_hook(enter(""))
+
+    def traffic(self) -> dict[Site, Tally]:
+        """What this rank exchanged with those that share its graphs, since the last time."""
+        return self.graph_group.traffic.read() if self.graph_group is not None else {}
 
     def collect(self, rows: Tensor, graph: ExtendedGraph) -> Tensor:
         """(V, F) rows of this part's atoms -> (N, F), of all atoms as the batch numbers them. Without gradient."""

@@ -51,7 +51,6 @@ class Route(NamedTuple):
 class OwnerExchange:
     """What a rank that owns some atoms, and the edges into them, knows about the others."""
 
-    part: int  #: this one
     order: Tensor  #: (N,) int64, the batch's atoms part by part
     sizes: Counts  #: atoms of each part
     edges: Counts  #: edges of each part
@@ -59,11 +58,6 @@ class OwnerExchange:
     cut: Route  #: rows of edges whose reverse edge is another's; received in the order in which they are sent
     fingerprint: int  #: of the whole graph, to notice ranks that hold different batches
     group: GraphGroup | None = None
-
-    @property
-    def atoms(self) -> Tensor:
-        """(V,) this part's atoms, as the batch numbers them."""
-        return self.order.split(self.sizes)[self.part]
 
     def join(self, group: GraphGroup) -> OwnerExchange:
         """The same, able to reach the other parts."""
@@ -131,8 +125,10 @@ class _Pending(NamedTuple):
     wait: Callable[[], Tensor]
 
 
-def partition_by_owner(graph: ExtendedGraph, coordinates: Tensor, parts: int, part: int) -> ExtendedGraph:
-    """One part of a whole graph.
+def partition_by_owner(
+    graph: ExtendedGraph, coordinates: Tensor, parts: int, part: int
+) -> tuple[ExtendedGraph, Tensor]:
+    """One part of a whole graph, and (V,) the atoms that it owns, as the whole graph numbers them.
 
     Args:
         graph: whole, on the CPU.
@@ -174,7 +170,6 @@ def partition_by_owner(graph: ExtendedGraph, coordinates: Tensor, parts: int, pa
     across = _counts(owner[source[mine[cut]]], parts)
 
     exchange = OwnerExchange(
-        part=part,
         order=order,
         sizes=sizes,
         edges=_counts(owner[target], parts),
@@ -182,7 +177,7 @@ def partition_by_owner(graph: ExtendedGraph, coordinates: Tensor, parts: int, pa
         cut=Route(cut, across, across),
         fingerprint=_fingerprint(graph),
     )
-    return ExtendedGraph(
+    owned = ExtendedGraph(
         positions=graph.positions[atoms],
         atomic_numbers=graph.atomic_numbers[atoms],
         system=graph.system[atoms],
@@ -195,6 +190,7 @@ def partition_by_owner(graph: ExtendedGraph, coordinates: Tensor, parts: int, pa
         triplets=None if graph.triplets is None else Triplets.build(local_target, len(atoms)),
         exchange=exchange,
     )
+    return owned, atoms
 
 
 def cut_by_edges(graph: ExtendedGraph, coordinates: Tensor, parts: int) -> tuple[Tensor, Counts]:

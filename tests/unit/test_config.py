@@ -188,7 +188,6 @@ def test_schedules_take_what_the_configuration_holds(file: Path, name: str) -> N
         ("model.cbf={name: gaussian}", "model.cbf: triplet sums without triplets need spherical_harmonics"),
         ("model.direct_forces=false", "conservative forces are not available for gemnet_t in this version"),
         ("model.scale_file=a.json", "model.scale_file is 'a.json': scale factors are fitted in-process"),
-        ("parallel.graph=2", "parallel.graph is 2: values above 1 are not available in this version"),
         # Overrides
         ("optim.batch_size", "expected section.key=value"),
         ("optim.batch_size.x=3", "batch_size is 2 and has no key x"),

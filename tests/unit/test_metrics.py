@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from egnscale.launch.metrics import S2EFMetrics, s2ef_loss
+from egnscale.models.graph import segment_sum
 
 MEAN = 0.3
 
@@ -70,7 +71,10 @@ def _by_loops(batches: list[dict[str, Tensor]]) -> dict[str, float]:
 def _metrics(batches: list[dict[str, Tensor]]) -> S2EFMetrics:
     metrics = S2EFMetrics(MEAN)
     for batch in batches:
-        metrics.update(**batch)
+        system = batch["system"]
+        number = len(batch["target_energy"])
+        values = {name: value for name, value in batch.items() if name != "system"}
+        metrics.update(**values, total=lambda x, system=system, number=number: segment_sum(x, system, number))
     return metrics
 
 
