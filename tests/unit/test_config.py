@@ -184,6 +184,7 @@ def test_schedules_take_what_the_configuration_holds(file: Path, name: str) -> N
         ("task.normalizer=ato", "task.normalizer is 'ato'; expected 'auto'"),
         ("task.normalizer={energy_mean: 1}", "task.normalizer.energy_std is missing"),
         # What this version does not do
+        ("parallel.pipe=2", "parallel.pipe is 2: values above 1 are not available in this version"),
         ("model.cbf=gaussian", "model.cbf is 'gaussian': triplet sums without triplets need spherical_harmonics"),
         ("model.cbf={name: gaussian}", "model.cbf: triplet sums without triplets need spherical_harmonics"),
         ("model.direct_forces=false", "conservative forces are not available for gemnet_t in this version"),
