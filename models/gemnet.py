@@ -105,7 +105,7 @@ class AtomSum(nn.Module):
         )
 
     def forward(self, m: Tensor, rbf: Tensor, graph: ExtendedGraph) -> Tensor:
-        x = graph.partition.aggregate(m * self.dense_rbf(rbf), self.segment_sum)
+        x = graph.partition.aggregate(m * self.dense_rbf(rbf), self.segment_sum)  # EdgeAggr
         return self.layers(self.scale_sum(x, reference=m))
 
 
@@ -147,8 +147,8 @@ class OutputBlock(nn.Module):
 
     def forward(self, state: State, graph: ExtendedGraph) -> State:
         m, rbf = state.m, state.basis.rbf_out
-        energy = self.out_energy(self.atom_sum(m, rbf, graph))
-        force = self.force(m, rbf)
+        energy = self.out_energy(self.atom_sum(m, rbf, graph))  # EdgeAggr, NodeUpdate
+        force = self.force(m, rbf)  # of edges; `Readout` sums them into atoms
         return state._replace(
             energy=state.energy + energy.to(state.energy.dtype), force=state.force + force.to(state.force.dtype)
         )
@@ -207,7 +207,11 @@ class TripletInteraction(nn.Module):
 
 
 class InteractionBlock(nn.Module):
-    """One round of message passing: edges from triplets, atoms from edges, edges from atoms."""
+    """One round of message passing: edges from triplets, atoms from edges, edges from atoms.
+
+    As an Extended Graph Network block (`egn.py`), with the paper's two additions: the exchange of m_ca and m_ac, and a
+    second edge update after the node update. Features of triplets and of the system are not kept from block to block.
+    """
 
     def __init__(self, config: GemNetConfig) -> None:
         super().__init__()
@@ -222,13 +226,13 @@ class InteractionBlock(nn.Module):
 
     def forward(self, state: State, graph: ExtendedGraph) -> State:
         h, m, basis = state.h, state.m, state.basis
-        messages = self.trip_interaction.send(m, basis, state.geometry.angular, graph)
+        messages = self.trip_interaction.send(m, basis, state.geometry.angular, graph)  # TripletUpdate, TripletAggr
         skip = self.dense_ca(m)
-        x = (skip + self.trip_interaction.receive(*messages)) * INV_SQRT_2
+        x = (skip + self.trip_interaction.receive(*messages)) * INV_SQRT_2  # with the messages of reverse edges
         m = (m + self.layers_before_skip(x)) * INV_SQRT_2
-        m = self.layers_after_skip(m)
-        h = (h + self.atom_update(m, basis.rbf_atom, graph)) * INV_SQRT_2
-        m = (m + self.residual_m(self.concat_layer(h, m, graph))) * INV_SQRT_2
+        m = self.layers_after_skip(m)  # EdgeUpdate
+        h = (h + self.atom_update(m, basis.rbf_atom, graph)) * INV_SQRT_2  # EdgeAggr, NodeUpdate
+        m = (m + self.residual_m(self.concat_layer(h, m, graph))) * INV_SQRT_2  # EdgeUpdate, the second
         return state._replace(h=h, m=m)
 
 
@@ -308,10 +312,10 @@ class Readout(nn.Module):
         self.segment_sum = segment_sum_backend(config.segment_sum)
 
     def forward(self, state: State, graph: ExtendedGraph) -> Prediction:
-        energy = graph.partition.total(state.energy)
+        energy = graph.partition.total(state.energy)  # NodeAggr; u is the energy, so GlobalUpdate is nothing more
         if not self.extensive:
             energy = energy / graph.partition.total(torch.ones_like(state.energy))
-        forces = graph.partition.aggregate(state.force * state.geometry.direction, self.segment_sum)
+        forces = graph.partition.aggregate(state.force * state.geometry.direction, self.segment_sum)  # EdgeAggr
         return Prediction(energy.squeeze(-1), forces)
 
 

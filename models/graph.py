@@ -184,7 +184,7 @@ class GraphPartition(Protocol):
         ...
 
     def reduce(self, x: Tensor) -> Tensor:
-        """Sum of a tensor over all who share the graph, each of whom gets it."""
+        """Sum over the whole graph, for all who share it, from each one's sum over the atoms or edges that it holds."""
         ...
 
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from egnscale.models.graph import ExtendedGraph
-from egnscale.scaling.collectives import GraphGroup, Site, Tally
-from egnscale.scaling.partition import OwnerExchange
+from egnscale.models.graph import ExtendedGraph, GraphExchange
+from egnscale.scaling.collectives import Counts, GraphGroup, Site, Tally
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,7 @@ class Mesh:
         graph = graph.to(self.device)
         if self.graph_group is None:
             return graph
-        exchange = graph.exchange
-        assert isinstance(exchange, OwnerExchange)
+        exchange = _shared(graph)
         fact = (
             f"{graph.num_systems} structures",
             f"{sum(exchange.edges)} edges",
@@ -194,15 +193,23 @@ class Mesh:
 
     def collect(self, rows: Tensor, graph: ExtendedGraph) -> Tensor:
         """(V, F) rows of this part's atoms -> (N, F), of all atoms as the batch numbers them. Without gradient."""
-        exchange = graph.exchange
-        if exchange is None:
-            return rows
-        assert isinstance(exchange, OwnerExchange)
-        assert self.graph_group is not None
-        padded = rows.new_zeros(max(exchange.sizes), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        found = [torch.empty_like(padded) for _ in exchange.sizes]
-        dist.all_gather(found, padded.contiguous(), group=self.graph_group.process_group)
-        whole = rows.new_empty(len(exchange.order), *rows.shape[1:])
-        whole[exchange.order] = torch.cat([part[:size] for part, size in zip(found, exchange.sizes, strict=True)])
-        return whole
+        return rows if graph.exchange is None else _shared(graph).collect(rows)
+
+
+class SharedExchange(Protocol):
+    """What a mesh asks of the exchange of any partition."""
+
+    @property
+    def edges(self) -> Counts: ...  # of each part; together, of the whole graph
+
+    @property
+    def fingerprint(self) -> int: ...  # of the whole graph
+
+    def join(self, group: GraphGroup) -> GraphExchange: ...
+
+    def collect(self, rows: Tensor) -> Tensor: ...
+
+
+def _shared(graph: ExtendedGraph) -> SharedExchange:
+    assert graph.exchange is not None, "a whole graph, where ranks share graphs"
+    return cast(SharedExchange, graph.exchange)

@@ -20,6 +20,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from egnscale.models.graph import (
@@ -68,6 +69,17 @@ class OwnerExchange:
             return way._replace(rows=change(way.rows))
 
         return replace(self, order=change(self.order), halo=route(self.halo), cut=route(self.cut))
+
+    def collect(self, rows: Tensor) -> Tensor:
+        """(V, F) rows of this part's atoms -> (N, F), of all atoms as the batch numbers them. Without gradient."""
+        assert self.group is not None
+        padded = rows.new_zeros(max(self.sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        found = [torch.empty_like(padded) for _ in self.sizes]
+        dist.all_gather(found, padded.contiguous(), group=self.group.process_group)
+        whole = rows.new_empty(len(self.order), *rows.shape[1:])
+        whole[self.order] = torch.cat([part[:size] for part, size in zip(found, self.sizes, strict=True)])
+        return whole
 
     def partition(self, graph: ExtendedGraph) -> OwnerPartition:
         if self.group is None:
@@ -175,7 +187,7 @@ def partition_by_owner(
         edges=_counts(owner[target], parts),
         halo=Route(row, _counts(to, parts), _counts(owner[order[halo]], parts)),
         cut=Route(cut, across, across),
-        fingerprint=_fingerprint(graph),
+        fingerprint=fingerprint(graph),
     )
     owned = ExtendedGraph(
         positions=graph.positions[atoms],
@@ -245,11 +257,12 @@ def _counts(owner: Tensor, parts: int) -> Counts:
     return tuple(torch.bincount(owner, minlength=parts).tolist())
 
 
-def _fingerprint(graph: ExtendedGraph) -> int:
+def fingerprint(graph: ExtendedGraph) -> int:
+    """A checksum of a whole graph."""
     value = zlib.crc32(str(graph.positions.dtype).encode())
     for tensor in (graph.positions, graph.atomic_numbers, graph.system, graph.source, graph.target, graph.shift):
         value = zlib.crc32(tensor.contiguous().numpy().tobytes(), value)
     return value
 
 
-__all__ = ["OwnerExchange", "OwnerPartition", "Route", "cut_by_edges", "partition_by_owner"]
+__all__ = ["OwnerExchange", "OwnerPartition", "Route", "cut_by_edges", "fingerprint", "partition_by_owner"]
