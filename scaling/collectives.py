@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 Counts = tuple[int, ...]
 
@@ -52,6 +53,18 @@ class Traffic:
         self.tallies: defaultdict[Site, Tally] = defaultdict(Tally)
         self._events: list[tuple[Tally, torch.cuda.Event, torch.cuda.Event]] = []
 
+    def name_layers(self, layers: Sequence[nn.Module]) -> list[RemovableHandle]:
+        """Count by layer from now on: "0 Embedding", "1 Block", ... Returns the hooks that do it."""
+
+        def enter(name: str) -> Callable[..., None]:
+            return lambda *_: setattr(self, "layer", name)
+
+        hooks = []
+        for number, layer in enumerate(layers):
+            hooks.append(layer.register_forward_pre_hook(enter(f"{number} {type(layer).__name__}")))
+            hooks.append(layer.register_forward_hook(enter("")))
+        return hooks
+
     def site(self, verb: str, direction: str = "forward") -> Site:
         return Site(self.layer, verb, direction)
 
@@ -59,8 +72,10 @@ class Traffic:
         tally = self.tallies[site]
         tally.calls, tally.bytes = tally.calls + 1, tally.bytes + sent
 
-    def wait(self, site: Site, work: dist.Work, device: torch.device) -> None:
+    def wait(self, site: Site, work: dist.Work | None, device: torch.device) -> None:
         tally = self.tallies[site]
+        if work is None:
+            return
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -131,6 +146,12 @@ class GraphGroup:
         self._agreed.add(fact)
         self.compare(fact, what)
 
+    def start_all_to_all(self, buffer: Tensor, rows: Tensor, received: Counts, sent: Counts) -> dist.Work | None:
+        return dist.all_to_all_single(buffer, rows, list(received), list(sent), group=self.process_group, async_op=True)
+
+    def start_all_reduce(self, x: Tensor) -> dist.Work | None:
+        return dist.all_reduce(x, group=self.process_group, async_op=True)
+
     def compare(self, fact: tuple, what: str) -> None:
         """As `agree`, every time."""
         facts = self.gather(fact)
@@ -139,6 +160,25 @@ class GraphGroup:
                 f"rank {rank}: {', '.join(map(str, f))}" for rank, f in zip(self.ranks, facts, strict=True)
             )
             raise ValueError(f"ranks that share a graph disagree about {what} ({held})")
+
+
+class CountedGroup(GraphGroup):
+    """A rank's view of ranks that are not there: everything is counted and nothing exchanged.
+
+    With tensors on the meta device, a model's forward and backward foretell its traffic at no cost.
+    """
+
+    def __init__(self, size: int, rank: int) -> None:
+        super().__init__(tuple(range(size)), rank, None, None)  # type: ignore[arg-type]
+
+    def start_all_to_all(self, buffer: Tensor, rows: Tensor, received: Counts, sent: Counts) -> None:
+        return None
+
+    def start_all_reduce(self, x: Tensor) -> None:
+        return None
+
+    def compare(self, fact: tuple, what: str) -> None:
+        pass
 
 
 @dataclass
@@ -165,13 +205,10 @@ class _Flight:
         group.agree((self.site.verb, shape, str(rows.dtype), rows.device.type), f"the rows of `{self.site.verb}`")
         self.rows = rows.contiguous()  # kept until it has gone
         self.buffer = rows.new_empty((sum(self.received), *shape))
-        self.work = dist.all_to_all_single(
-            self.buffer, self.rows, list(self.received), list(self.sent), group=group.process_group, async_op=True
-        )
+        self.work = group.start_all_to_all(self.buffer, self.rows, self.received, self.sent)
         group.traffic.count(self.site, rows.numel() * rows.element_size())
 
     def arrive(self) -> Tensor:
-        assert self.work is not None
         assert self.buffer is not None
         self.group.traffic.wait(self.site, self.work, self.buffer.device)
         buffer = self.buffer
@@ -241,8 +278,7 @@ class _Sum(torch.autograd.Function):
         group.agree((site.verb, tuple(x.shape[1:]), str(x.dtype), x.device.type), f"the rows of `{site.verb}`")
         total = x.clone(memory_format=torch.contiguous_format)
         if x.numel():
-            work = dist.all_reduce(total, group=group.process_group, async_op=True)
-            group.traffic.wait(site, work, x.device)
+            group.traffic.wait(site, group.start_all_reduce(total), x.device)
             # What a ring sends: every element to a neighbour, once on its way into the sum and once out of it.
             group.traffic.count(site, 2 * (group.size - 1) * x.numel() * x.element_size() // group.size)
         return total

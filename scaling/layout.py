@@ -12,7 +12,7 @@ transposes, and DeepSpeed's mean over all ranks of a pipeline stage is then the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -176,16 +176,8 @@ class Mesh:
 
     def name_layers(self, layers: Sequence[nn.Module]) -> None:
         """Let exchanges be counted by the layer of a model that asks for them."""
-        if self.graph_group is None:
-            return
-        traffic = self.graph_group.traffic
-
-        def enter(name: str) -> Callable[..., None]:
-            return lambda *_: setattr(traffic, "layer", name)
-
-        for number, layer in enumerate(layers):
-            layer.register_forward_pre_hook(enter(f"{number} {type(layer).__name__}"))
-            layer.register_forward_hook(enter(""))
+        if self.graph_group is not None:
+            self.graph_group.traffic.name_layers(layers)
 
     def traffic(self) -> dict[Site, Tally]:
         """What this rank exchanged with those that share its graphs, since the last time."""
