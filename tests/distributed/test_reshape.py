@@ -23,6 +23,7 @@ from spawn import spawn
 from toy import make_dataset, write_config
 
 from egnscale.launch.run_files import read_weights
+from egnscale.scaling.checkpoint import find_checkpoint, verify_checkpoint
 from egnscale.scaling.training_state import plan_files
 
 STEPS, GLOBAL_BATCH, CLIP = 8, 4, 0.5
@@ -60,7 +61,11 @@ SAME: list[Layout] = [
     (2, 1, "bf16+fp32_gradients"),
 ]  # fmt: skip
 EVERY = [(ranks, zero, precision) for ranks in (1, 2) for zero in range(4) for precision in ("fp32", "bf16")]
-ALL_PAIRS = [(source, target) for source in EVERY for target in EVERY if source[2] == target[2]]
+ALL_PAIRS = [(source, target) for source in EVERY for target in EVERY if source[2] == target[2]] + [
+    ((4, 3, "fp32"), (1, 1, "fp32")),
+    ((2, 2, "bf16"), (4, 3, "bf16")),
+    ((1, 0, "fp32"), (4, 1, "fp32")),
+]
 
 
 def name(*layouts: Layout) -> str:
@@ -113,10 +118,8 @@ def train(world: Any, runs: list[tuple[str, Layout]]) -> None:
 
 
 def on_ranks(runs: list[tuple[str, Layout]]) -> None:
-    for ranks in (1, 2):
-        chosen = [(config, layout) for config, layout in runs if layout[0] == ranks]
-        if chosen:
-            spawn(ranks, train, chosen)
+    for ranks in sorted({layout[0] for _, layout in runs}):
+        spawn(ranks, train, [(config, layout) for config, layout in runs if layout[0] == ranks])
 
 
 def losses(run: Path) -> list[float]:
@@ -222,8 +225,7 @@ def check(root: Path, source: Layout, target: Layout) -> None:
     whole, resumed = root / name(source), root / name(source, target)
     if source[2][:4] == target[2][:4]:
         same_state(whole, resumed)
-    tolerance = 0.02 if "bf16" in source[2] + target[2] else 1e-5
-    print(name(source, target), difference(losses(resumed), losses(whole)))
+    tolerance = {("fp32", "fp32"): 1e-5, ("bf16", "bf16"): 2e-4, ("bf16", "fp32"): 2e-3}[source[2][:4], target[2][:4]]
     assert difference(losses(resumed), losses(whole)) < tolerance
     if tolerance == 1e-5:
         found, wanted = (
@@ -263,10 +265,58 @@ def test_several_files_for_each_rank(runs: Path) -> None:
     assert {file.suffix for file in training.iterdir()} == {".safetensors", ".json"}
 
 
+def test_bf16_without_zero_takes_the_steps_of_zero(runs: Path) -> None:
+    """DeepSpeed's empty first step there is undone: the optimizer's step is the number of steps."""
+    found, wanted = (losses(runs / name((2, zero, "bf16"))) for zero in (0, 3))
+    assert difference(found, wanted) < 1e-4
+
+
+def refusals(world: Any, uneven: str, healthy: str) -> list[str]:
+    """What this rank says where the runs cannot go on."""
+    from egnscale.launch.cli import main
+    from egnscale.scaling import training_state
+
+    def said(config: str, *overrides: str) -> str:
+        with pytest.raises((ValueError, OSError)) as caught:
+            main([*words(config, (2, 1, "fp32")), "--resume", *overrides])
+        return str(caught.value)
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise OSError("no such luck")
+
+    lines = [said(uneven, "optim.batch_size=4"), said(uneven)]
+    for function in ("safe_open", "_write_tensors"):
+        working = getattr(training_state, function)
+        if world.rank == 1:
+            setattr(training_state, function, fail)
+        lines.append(said(healthy))
+        setattr(training_state, function, working)
+    return lines
+
+
+def test_what_cannot_go_on_says_why_on_every_rank(runs: Path, tmp_path: Path) -> None:
+    """Where one rank fails to read or to write, all stop with its reason, and the checkpoint stays."""
+    data = make_dataset(tmp_path / "data", train=13, val=2)
+    (tmp_path / "uneven").mkdir()
+    uneven = write_config(tmp_path / "uneven" / "config.yaml", data, tmp_path / "uneven")
+    spawn(1, train, [(str(uneven), (1, 0, "fp32"))])
+    healthy = from_step_4(runs / name((2, 1, "fp32")), tmp_path / "healthy")
+    for batch, epoch, read, write in spawn(2, refusals, str(uneven), str(healthy)):
+        assert "global batch was 4 (4 x 1 replicas) and would become 8 (4 x 2); set optim.batch_size=2" in batch
+        assert "an epoch had 4 batches on 1 replicas and would have 3 on 2" in epoch
+        assert "start at most 1 replicas" in epoch
+        assert ".safetensors cannot be read: no such luck" in read
+        assert "step_00000008 was not written" in write
+        assert "no such luck" in write
+    checkpoints = tmp_path / "healthy" / "checkpoints"
+    assert {file.name for file in checkpoints.iterdir()} == {"latest", "step_00000004"}
+    verify_checkpoint(find_checkpoint(checkpoints))
+
+
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_every_pair_of_layouts(tmp_path: Path) -> None:
-    begin(tmp_path, set(EVERY))
+    begin(tmp_path, {source for source, _ in ALL_PAIRS})
     on_ranks(resume(tmp_path, ALL_PAIRS))
     for source, target in ALL_PAIRS:
         check(tmp_path, source, target)
