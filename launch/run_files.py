@@ -1,4 +1,4 @@
-"""What a run leaves in a checkpoint besides DeepSpeed's files, and how a model comes back from it.
+"""What a run leaves in a checkpoint besides the training state, and how a model comes back from it.
 
 `model.safetensors` and `run.json` are all that evaluation and the calculator read: nothing is unpickled.
 """
@@ -49,7 +49,10 @@ def run_record(model: GemNetConfig, normalizer: Normalizer, **state: Any) -> dic
 
 def save_weights(path: Path, weights: Iterable[tuple[str, Tensor]], model: torch.nn.Module, *, write: bool) -> None:
     """Write parameters and scale factors by name, fp32. Every rank iterates over `weights`, one writes."""
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights}
+    tensors = {}
+    for name, tensor in weights:
+        if write:
+            tensors[name] = tensor.detach().float().cpu().contiguous()
     if write:
         for name, buffer in model.named_buffers():
             tensors[name] = buffer.detach().float().cpu().contiguous()

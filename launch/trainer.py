@@ -39,6 +39,8 @@ from egnscale.scaling.layout import Mesh
 
 #: Batches that scale factors are fitted on, over all replicas together.
 SCALE_FACTOR_BATCHES = 16
+#: What may change when a run is resumed.
+FREE_IN_LAYOUT = {"ranks", "replicas", "zero", "precision"}
 #: Parameters that weight decay leaves alone.
 NO_DECAY = ("embedding", "frequencies", "bias")
 
@@ -148,10 +150,23 @@ class Trainer:
                     f"cannot resume {checkpoint}: model.{name} was {run['model'].get(name)}, "
                     f"the configuration says {value}"
                 )
-        for name, value in self._layout().items():
-            if run["layout"].get(name) != value:
+        then, now = run["layout"], self._layout()
+        batch, replicas = then["global_batch"], self.mesh.layout.data
+        if batch != now["global_batch"]:
+            way_out = (
+                f"set optim.batch_size={batch // replicas}"
+                if batch % replicas == 0
+                else f"start a number of replicas that divides {batch}"
+            )
+            raise ValueError(
+                f"cannot resume {checkpoint}: the global batch was {batch} "
+                f"({batch // then['replicas']} x {then['replicas']} replicas) and would become {now['global_batch']} "
+                f"({self.config.optim.batch_size} x {replicas}); {way_out}"
+            )
+        for name, value in now.items():
+            if name not in FREE_IN_LAYOUT and then.get(name) != value:
                 raise ValueError(
-                    f"cannot resume {checkpoint}: {name} was {run['layout'].get(name)}, this run has {value}; "
+                    f"cannot resume {checkpoint}: {name} was {then.get(name)}, this run has {value}; "
                     "start it the same way"
                 )
         return checkpoint, run
@@ -165,18 +180,20 @@ class Trainer:
         return splits
 
     def _layout(self) -> dict[str, Any]:
-        """What a checkpoint of DeepSpeed's, or the order of the data, depends on."""
+        """How the run uses the ranks (`FREE_IN_LAYOUT`), and what the order of the data and the averages depend on."""
         optim, parallel = self.config.optim, self.config.parallel
         return {
             "ranks": self.world.size,
+            "replicas": self.mesh.layout.data,
             "zero": parallel.zero,
             "precision": parallel.precision,
-            "batch_size": optim.batch_size,
+            "global_batch": optim.batch_size * self.mesh.layout.data,
             "gradient_accumulation": optim.gradient_accumulation,
             "load_balancing": optim.load_balancing,
             "seed": self.config.task.seed,
             "structures": len(self.train_store),
             "ema_decay": optim.ema_decay,
+            "amsgrad": optim.amsgrad,
         }
 
     def _normalizer(self, resumed: tuple[Path, dict[str, Any]] | None) -> Normalizer:
@@ -241,6 +258,7 @@ class Trainer:
             best=self.best,
             evaluations=self.evaluations,
             layout=self._layout(),
+            batches_per_epoch=len(self.sampler),
             config=self.config.model_dump(mode="json"),
         )
 
@@ -263,6 +281,15 @@ class Trainer:
         )
 
     def _load(self, checkpoint: Path, run: dict[str, Any]) -> None:
+        batches, replicas = run["batches_per_epoch"], self.mesh.layout.data
+        if len(self.sampler) != batches:
+            # Only the last, smaller batch of an epoch can differ: it is dropped if a replica would get nothing.
+            rest = len(self.train_store) % (self.config.optim.batch_size * replicas)
+            raise ValueError(
+                f"cannot resume {checkpoint}: an epoch had {batches} batches on {run['layout']['replicas']} replicas "
+                f"and would have {len(self.sampler)} on {replicas}, since its last one has {rest} structures; "
+                f"start {'at most' if len(self.sampler) < batches else 'more than'} {rest} replicas"
+            )
         self.engine.load(checkpoint)
         if self.ema:
             weights = read_weights(checkpoint / WEIGHTS)

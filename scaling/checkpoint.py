@@ -6,7 +6,7 @@
             manifest.json           every file with its size and CRC-32; written last
             run.json                configuration, normaliser, position in the data, metrics
             model.safetensors       weights for use (averaged where the run averages), by parameter name, fp32
-            engine/...              DeepSpeed's files, for resuming under the same layout
+            training/...            masters and optimizer state, for resuming (`training_state.py`)
 
 A checkpoint is written in a hidden directory beside its place, synced, and renamed; then `latest` is replaced.
 Killed anywhere in between, `latest` still names a whole checkpoint.
@@ -22,7 +22,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+#: 1 held DeepSpeed's own files.
+FORMAT = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
 
@@ -142,7 +143,10 @@ def verify_checkpoint(path: Path, *, checksums: bool = True) -> None:
     except (json.JSONDecodeError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{path / MANIFEST} cannot be read: {error}") from None
     if version != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {version}; this version of egnscale reads format {FORMAT}")
+        raise ValueError(
+            f"{path} has checkpoint format {version}; this version of egnscale reads format {FORMAT}: "
+            "use the version that wrote it, or train anew"
+        )
     for name, expected in files.items():
         file = path / name
         if not file.is_file():

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,10 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 logging.getLogger("torch.distributed").setLevel(logging.ERROR)
 
 import deepspeed  # noqa: E402
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine  # noqa: E402
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # noqa: E402
-from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
-from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
+
+from egnscale.scaling.training_state import Piece, read_state, write_state  # noqa: E402
 
 deepspeed_logger.setLevel(logging.WARNING)
 # DeepSpeed calls collectives under names that torch has begun to rename: nothing a user can act on.
@@ -161,12 +160,8 @@ def once(action: Callable[[], Any]) -> None:
         raise (OSError if problem[0] else ValueError)(problem[1])
 
 
-class _SafeCheckpointEngine(TorchCheckpointEngine):
-    """DeepSpeed's files, read without executing what they hold: only tensors, plain containers and loss scalers."""
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
-            return torch.load(path, map_location=map_location, weights_only=True)
+#: DeepSpeed's counters; they go on where a resumed run goes on.
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 class Engine:
@@ -177,18 +172,31 @@ class Engine:
         optimizer: over the module's parameters.
         ds_config: a complete DeepSpeed configuration (`egnscale.scaling.ds_config`).
         world: this process.
+
+    Raises:
+        ValueError: for a configuration whose state could not be saved.
     """
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], world: World
     ) -> None:
+        offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+        if offload.get("device") == "nvme" or offload.get("ratio", 1.0) != 1.0:
+            raise ValueError(
+                "the DeepSpeed configuration offloads the optimizer to NVMe, or a part of it only, "
+                'and such state cannot be saved yet; set offload_optimizer to {"device": "cpu"}'
+            )
         self.world = world
         self.module = module
         self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self._engine, *_ = deepspeed.initialize(
             model=module.to(world.device), optimizer=optimizer, config=ds_config, dist_init_required=False
         )
-        self._engine.checkpoint_engine = _SafeCheckpointEngine(self._engine._config)
+        if self.zero_stage == 0 and hasattr(self._engine.optimizer, "fp32_groups"):
+            # bf16 without ZeRO: DeepSpeed makes the optimizer's state by a step without gradients, which counts as a
+            # step and decays the weights.
+            self._engine.optimizer.refresh_fp32_params()
+            self._engine.basic_optimizer.state.clear()
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
@@ -257,23 +265,90 @@ class Engine:
     def _parameter(self, name: str) -> nn.Parameter:
         return self.module.get_parameter(name)
 
-    def save(self, directory: Path) -> None:
-        """Write parameters and optimizer state. Collective."""
-        self._engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
-        if self.world.is_main:
-            # DeepSpeed adds programs that consolidate its files; model.safetensors beside them is consolidated.
-            for script in directory.glob("zero_to_*.py"):
-                script.unlink()
+    # The training state: fp32 masters and the optimizer's state.
 
-    def load(self, directory: Path) -> None:
-        """Read what `save` wrote, under the same ZeRO stage and number of ranks. Collective.
+    def save(self, directory: Path) -> None:
+        """Write the training state below a directory, each rank a share of it. Collective.
 
         Raises:
-            ValueError: where the files do not fit this engine.
+            OSError: on every rank, if any could not write.
         """
+        problem = write_state(
+            directory,
+            self._pieces(),
+            self._engine.basic_optimizer,
+            dict(self.module.named_buffers()),
+            {name: getattr(self._engine, name) for name in _COUNTERS},
+            sharded=self.zero_stage > 0,
+            device=self.world.device,
+        )
+        if problems := [text for text in gather_over_ranks(problem) if text]:
+            raise OSError(problems[0])
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote under whatever layout. Collective.
+
+        Raises:
+            ValueError: on every rank, where a file cannot be read or does not fit.
+        """
+        problem = ""
         try:
-            found, _ = self._engine.load_checkpoint(str(directory), tag="engine")
-        except Exception as error:
-            raise ValueError(f"{directory} does not fit this run: {error}") from error
-        if found is None:
-            raise ValueError(f"{directory} holds no engine state")
+            counters = read_state(
+                directory,
+                self._pieces(),
+                self._engine.basic_optimizer,
+                dict(self.held()),
+                dict(self.module.named_buffers()),
+                weights_sharded=self.zero_stage == 3,
+            )
+        except ValueError as error:
+            problem = str(error)
+        if problems := [text for text in gather_over_ranks(problem) if text]:
+            raise ValueError(problems[0])
+        for name in _COUNTERS:
+            setattr(self._engine, name, counters[name])
+        if self.zero_stage == 3:
+            self.write_held(dict(self.held()))  # small parameters stay gathered between steps
+            self._engine.optimizer.invalidate_secondary_tensor()
+
+    def _pieces(self) -> dict[str, Piece]:
+        """Where this rank keeps its piece of each trainable parameter's training state."""
+        optimizer, rank = self._engine.optimizer, self.world.rank
+        found: dict[int, Piece] = {}
+        trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if self.zero_stage == 0:
+            groups = getattr(optimizer, "fp16_groups", None)
+            masters = {id(p): p for p in trainable.values()}
+            if groups is not None:  # bf16
+                for group, fp32_group in zip(groups, optimizer.fp32_groups, strict=True):
+                    masters |= {id(p): master for p, master in zip(group, fp32_group, strict=True)}
+            found = {id(p): Piece(p.shape, masters[id(p)], 0, 0, p.numel()) for p in trainable.values()}
+        elif self.zero_stage < 3:
+            for group, offsets, holder in self._flat_groups():
+                # Every rank has an equal part of the group's flattened parameters.
+                begin, end = rank * holder.numel(), (rank + 1) * holder.numel()
+                for p, offset in zip(group, offsets, strict=True):
+                    low, high = max(offset, begin), min(offset + p.numel(), end)
+                    found[id(p)] = Piece(p.shape, holder, low - begin, low - offset, max(0, high - low))
+        else:
+            masters_of = optimizer.fp32_partitioned_groups_flat
+            for p in trainable.values():
+                group, at, size = optimizer.grad_position[optimizer.get_param_id(p)]
+                shape: torch.Size = p.ds_shape  # type: ignore[attr-defined]
+                count = max(0, min(size, shape.numel() - rank * size))
+                found[id(p)] = Piece(shape, masters_of[group], at, rank * size, count)
+        return {name: found[id(p)] for name, p in trainable.items()}
+
+    def _flat_groups(self) -> Iterator[tuple[list[nn.Parameter], list[int], Tensor]]:
+        """Of ZeRO-1 and -2's groups: parameters, their offsets in the flattened group, this rank's fp32 part of it."""
+        optimizer = self._engine.optimizer
+        if hasattr(optimizer, "fp32_groups_flat_partition"):  # bf16 with gradients accumulated in fp32
+            for group, holder in zip(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, strict=True):
+                yield group, [0, *accumulate(p.numel() for p in group)][:-1], holder
+        else:
+            yield from zip(
+                optimizer.round_robin_bit16_groups,
+                optimizer.round_robin_bit16_offsets,
+                optimizer.single_partition_of_fp32_groups,
+                strict=True,
+            )

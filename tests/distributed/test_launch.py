@@ -2,59 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launchers import ENVIRONMENT, ROOT, deepspeed, log, start, torchrun
 from toy import make_dataset, write_config
 
 from egnscale.launch.run_files import read_weights
 from egnscale.scaling.checkpoint import find_checkpoint
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "DS_ACCELERATOR": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
-    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-}
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("data"), train=12, val=5)
-
-
-def start(launcher: list[str], config: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    script = [str(ROOT / "launch" / "train.py"), "--config", str(config), "data.workers=0", *words]
-    return subprocess.run(
-        [*launcher, *script], env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600
-    )
-
-
-def deepspeed() -> list[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
-
-
-def torchrun() -> list[str]:
-    return [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-
-
-def log(run: Path) -> list[tuple[int, float]]:
-    with open(run / "log.csv") as file:
-        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
 
 
 def test_launchers_agree_and_resume_is_exact(data: Path, tmp_path: Path) -> None:

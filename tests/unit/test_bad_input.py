@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -97,17 +98,30 @@ def alien_lmdb(place: Path) -> None:
     environment.close()
 
 
-def other_weights(place: Path) -> None:
-    """Weights of another model in place of this one's, with a manifest that fits them."""
-    import zlib
+def fit_manifest(place: Path, name: str) -> None:
+    """Let the manifest say that a changed file is as it should be."""
+    content = (checkpoint(place) / name).read_bytes()
+    manifest = json.loads((checkpoint(place) / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": len(content), "crc32": zlib.crc32(content)}
+    (checkpoint(place) / "manifest.json").write_text(json.dumps(manifest))
 
+
+def other_weights(place: Path) -> None:
+    """Weights of another model in place of this one's."""
     file = checkpoint(place) / "model.safetensors"
     weights = load_file(file)
     weights["blocks.0.interaction.dense_ca.weight"] = torch.zeros(3, 3)
     save_file(weights, file)
-    manifest = json.loads((checkpoint(place) / "manifest.json").read_text())
-    manifest["files"]["model.safetensors"] = {"bytes": file.stat().st_size, "crc32": zlib.crc32(file.read_bytes())}
-    (checkpoint(place) / "manifest.json").write_text(json.dumps(manifest))
+    fit_manifest(place, "model.safetensors")
+
+
+def other_state(place: Path) -> None:
+    """A training state that lacks a parameter."""
+    file = checkpoint(place) / "training" / "index.json"
+    index = json.loads(file.read_text())
+    index["files"].pop(min(index["files"]))
+    file.write_text(json.dumps(index))
+    fit_manifest(place, "training/index.json")
 
 
 def write(name: str, text: str) -> Callable[[Path], None]:
@@ -165,7 +179,14 @@ CASES: dict[str, tuple[Callable[[Path], None], Callable[[Path], list[str]], str]
     "existing run": (nothing, lambda place: ["train", f"{place}/config.yaml"], "--resume"),
     "a file in the way": (write("new", "here"), train(), "new"),
     "another model": (nothing, resume("model.emb_size_edge=16"), "emb_size_edge"),
-    "another layout": (nothing, resume("optim.batch_size=3"), "batch_size"),
+    "another batch": (nothing, resume("optim.batch_size=3"), "optim.batch_size=2"),
+    "another accumulation": (nothing, resume("optim.gradient_accumulation=2"), "gradient_accumulation"),
+    "another optimizer": (nothing, resume("optim.amsgrad=true"), "amsgrad"),
+    "state on NVMe": (
+        write("ds.json", '{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}'),
+        lambda place: [*train("parallel.zero=3")(place), "--deepspeed_config", f"{place}/ds.json"],
+        "NVMe",
+    ),
     "NaN loss": (nothing, train("optim.lr_initial=1e30", "optim.clip_grad_norm=null", "optim.max_steps=8"), "sid"),
     # checkpoints
     "no checkpoint": (nothing, lambda place: ["evaluate", f"{place}/none", f"{place}/data"], "none"),
@@ -173,6 +194,17 @@ CASES: dict[str, tuple[Callable[[Path], None], Callable[[Path], list[str]], str]
     "latest names nothing": (write("run/checkpoints/latest", "step_9"), evaluate, "step_9"),
     "truncated weights": (truncate("run/checkpoints/step_00000004/model.safetensors"), evaluate, "model.safetensors"),
     "truncated state": (truncate("run/checkpoints/step_00000004/run.json"), resume("optim.max_steps=6"), "run.json"),
+    "truncated training state": (
+        truncate("run/checkpoints/step_00000004/training/00000.safetensors"),
+        resume("optim.max_steps=6"),
+        "00000.safetensors",
+    ),
+    "other training state": (other_state, resume("optim.max_steps=6"), "lacks model."),
+    "old checkpoint": (
+        lambda place: rewrite(checkpoint(place) / "manifest.json", '"format": 2', '"format": 1'),
+        resume("optim.max_steps=6"),
+        "format 1",
+    ),
     "other weights": (other_weights, evaluate, "dense_ca"),
     "nothing to evaluate on": (nothing, lambda place: ["evaluate", f"{place}/run", f"{place}/run"], "val_"),
     "batch of none": (nothing, lambda place: [*evaluate(place), "--batch-size", "0"], "--batch-size"),
