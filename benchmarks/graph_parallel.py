@@ -165,7 +165,10 @@ def memory(spec: dict[str, Any], args: argparse.Namespace, results: dict[str, An
         for ranks, use in most.items()
     ]
     header = ("ranks", "of all edges", "saved, MB", "of one rank's", "peak, MB", "of one rank's")
-    note = "The rank with the most. Saved: what forward keeps for backward. Peak: memory during forward and backward over what was there before."
+    note = (
+        "The rank with the most. Saved: what forward keeps for backward. "
+        "Peak: memory during forward and backward over what was there before."
+    )
     return f"## Memory of a rank\n\n{note}\n\n{table(header, rows)}"
 
 
