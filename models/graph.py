@@ -141,6 +141,28 @@ class Triplets(NamedTuple):
         return Triplets(change(self.sender), change(self.receiver))
 
 
+class LeavingEdges(NamedTuple):
+    """Edges once more, by the atom that they leave: for models that gather at the source (DimeNet++).
+
+    L edges leave the atoms that are held here, E enter them; of a whole graph these are the same edges.
+    """
+
+    source: Tensor  #: (L,) int64, ascending
+    order: Tensor  #: (L,) int64, for each leaving edge its row among the entering ones, or E and up: another process's
+    rows: Tensor  #: (E,) int64, for each entering edge its row among the leaving ones, or L and up
+
+    @classmethod
+    def build(cls, source: Tensor) -> LeavingEdges:
+        """Those of a whole graph."""
+        order = torch.argsort(source, stable=True)
+        rows = torch.empty_like(order)
+        rows[order] = torch.arange(len(order))
+        return cls(source[order], order, rows)
+
+    def map(self, change: Change) -> LeavingEdges:
+        return LeavingEdges(*map(change, self))
+
+
 class Pending(Protocol):
     """Rows that may still be under way. Work that does not need them goes between the verb and `wait`."""
 
@@ -171,6 +193,14 @@ class GraphPartition(Protocol):
         """(E, F) edge rows -> (E, F), the row of each edge's reverse edge."""
         ...
 
+    def to_targets(self, x: Tensor) -> Pending:
+        """(L, F) rows of edges that leave the atoms here -> (E, F), rows of those that enter them."""
+        ...
+
+    def to_sources(self, x: Tensor) -> Pending:
+        """(E, F) rows of edges that enter the atoms here -> (L, F), rows of those that leave them."""
+        ...
+
     def aggregate_triplets(self, x: Tensor) -> Tensor:
         """(T, F) rows of `ExtendedGraph.triplets` -> (E, F), summed over the triplets that an edge receives."""
         ...
@@ -198,6 +228,7 @@ class WholeGraph:
     system: Tensor
     num_systems: int
     triplets: Triplets | None = None
+    leaving: LeavingEdges | None = None
 
     def gather_sources(self, h: Tensor, weight: Tensor | None = None) -> Pending:
         # Atoms are projected before they are gathered: edges outnumber them by one to two orders of magnitude.
@@ -206,6 +237,14 @@ class WholeGraph:
 
     def swap(self, x: Tensor) -> Pending:
         return Arrived(take_rows(x, self.reverse, self.reverse))
+
+    def to_targets(self, x: Tensor) -> Pending:
+        assert self.leaving is not None, "the graph was built without leaving edges"
+        return Arrived(take_rows(x, self.leaving.rows, self.leaving.order))
+
+    def to_sources(self, x: Tensor) -> Pending:
+        assert self.leaving is not None, "the graph was built without leaving edges"
+        return Arrived(take_rows(x, self.leaving.order, self.leaving.rows))
 
     def aggregate_triplets(self, x: Tensor) -> Tensor:
         assert self.triplets is not None, "the graph was built without triplets"
@@ -239,7 +278,7 @@ def _mapped(value: Any, change: Change) -> Any:
 class ExtendedGraph:
     """A batch of systems as one graph, or the part of it that one process holds.
 
-    Immutable; edges are sorted by target. A whole graph is closed under reversal.
+    Immutable; edges are sorted by target. GemNet's graphs are closed under reversal.
     """
 
     positions: Tensor  #: (V, 3) float, A
@@ -249,9 +288,10 @@ class ExtendedGraph:
     source: Tensor  #: (E,) int64, the neighbour, where a message comes from; V and up: another process's atom
     target: Tensor  #: (E,) int64, the atom that a message goes to, ascending
     shift: Tensor  #: (E, 3) float, A, added to the source's position to reach the periodic image meant
-    reverse: Tensor  #: (E,) int64, index of the edge target -> source through the opposite image
+    reverse: Tensor  #: (E,) int64, index of the edge target -> source through the opposite image; -1: there is none
     buckets: EdgeBuckets
     triplets: Triplets | None = None  #: listed only for models that ask for it
+    leaving: LeavingEdges | None = None  #: likewise
     exchange: GraphExchange | None = None  #: None: this is the whole graph
 
     @property
@@ -273,7 +313,13 @@ class ExtendedGraph:
         """The verbs."""
         if self.exchange is not None:
             return self.exchange.partition(self)
-        return WholeGraph(self.source, self.target, self.reverse, self.system, self.num_systems, self.triplets)
+        return self.held
+
+    @property
+    def held(self) -> WholeGraph:
+        """The verbs on what is held here, exchanging nothing."""
+        indices = (self.source, self.target, self.reverse, self.system)
+        return WholeGraph(*indices, self.num_systems, self.triplets, self.leaving)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ExtendedGraph:
         """Copy to a device; `dtype` also converts the floating-point fields."""

@@ -50,9 +50,8 @@ class AllReduceExchange:
     def partition(self, graph: ExtendedGraph) -> AllReducePartition:
         if self.group is None:
             raise ValueError("this is one part of a graph; `Mesh.place` joins it to the ranks that hold the others")
-        held = WholeGraph(graph.source, graph.target, graph.reverse, graph.system, graph.num_systems, graph.triplets)
         part = self.group.rank
-        return AllReducePartition(held, _range(self.atoms, part), _range(self.edges, part), self.group)
+        return AllReducePartition(graph.held, _range(self.atoms, part), _range(self.edges, part), self.group)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +68,12 @@ class AllReducePartition:
 
     def swap(self, x: Tensor) -> Pending:
         return self.held.swap(x)
+
+    def to_targets(self, x: Tensor) -> Pending:
+        return self.held.to_targets(x)
+
+    def to_sources(self, x: Tensor) -> Pending:
+        return self.held.to_sources(x)
 
     def aggregate_triplets(self, x: Tensor) -> Tensor:
         return sum_over_parts(self.held.aggregate_triplets(x), self.group, "aggregate_triplets")

@@ -97,15 +97,16 @@ class ParallelLayout:
     def table(self) -> str:
         """The ranks, drawn."""
         width = max(len(f"graph {self.graph - 1}"), len(str(self.size - 1)))
-        lines = [str(self)]
+
+        def line(name: str, cells: list[str]) -> str:
+            margin = len(f"pipe {self.pipe - 1}  " * (self.pipe > 1) + f"data {self.data - 1}")
+            return f"  {name:{margin}}  " + "  ".join(cell.rjust(width) for cell in cells)
+
+        lines = [str(self), line("", [f"graph {graph}" for graph in range(self.graph)])]
         for pipe in range(self.pipe):
-            stage = f"pipe {pipe}  " if self.pipe > 1 else ""
-            margin = len(f"{stage}data {self.data - 1}")
-            heads = "  ".join(f"graph {graph}".rjust(width) for graph in range(self.graph))
-            lines.append(f"  {'':{margin}}  {heads}")
             for data in range(self.data):
-                ranks = "  ".join(str(self.rank(pipe, data, graph)).rjust(width) for graph in range(self.graph))
-                lines.append(f"  {f'{stage}data {data}':{margin}}  {ranks}")
+                name = f"pipe {pipe}  " * (self.pipe > 1) + f"data {data}"
+                lines.append(line(name, [str(self.rank(pipe, data, graph)) for graph in range(self.graph)]))
         return "\n".join(lines)
 
 

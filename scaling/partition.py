@@ -27,6 +27,7 @@ from egnscale.models.graph import (
     Change,
     EdgeBuckets,
     ExtendedGraph,
+    LeavingEdges,
     Pending,
     SegmentSum,
     Triplets,
@@ -57,6 +58,8 @@ class OwnerExchange:
     edges: Counts  #: edges of each part
     halo: Route  #: rows of atoms; what is received stands behind one's own rows
     cut: Route  #: rows of edges whose reverse edge is another's; received in the order in which they are sent
+    out: Route  #: rows of leaving edges that enter others' atoms; what is received stands behind one's own rows
+    back: Route  #: rows of entering edges that left others' atoms; likewise
     fingerprint: int  #: of the whole graph, to notice ranks that hold different batches
     group: GraphGroup | None = None
 
@@ -68,7 +71,8 @@ class OwnerExchange:
         def route(way: Route) -> Route:
             return way._replace(rows=change(way.rows))
 
-        return replace(self, order=change(self.order), halo=route(self.halo), cut=route(self.cut))
+        halo, cut, out, back = map(route, (self.halo, self.cut, self.out, self.back))
+        return replace(self, order=change(self.order), halo=halo, cut=cut, out=out, back=back)
 
     def collect(self, rows: Tensor) -> Tensor:
         """(V, F) rows of this part's atoms -> (N, F), of all atoms as the batch numbers them. Without gradient."""
@@ -84,8 +88,7 @@ class OwnerExchange:
     def partition(self, graph: ExtendedGraph) -> OwnerPartition:
         if self.group is None:
             raise ValueError("this is one part of a graph; `Mesh.place` joins it to the ranks that hold the others")
-        own = WholeGraph(graph.source, graph.target, graph.reverse, graph.system, graph.num_systems, graph.triplets)
-        return OwnerPartition(own, self.halo, self.cut, self.group)
+        return OwnerPartition(graph.held, self.halo, self.cut, self.out, self.back, self.group)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +98,8 @@ class OwnerPartition:
     own: WholeGraph  #: sources that others own are numbered V and up; a cut edge is its own reverse
     halo: Route
     cut: Route
+    out: Route
+    back: Route
     group: GraphGroup
 
     def gather_sources(self, h: Tensor, weight: Tensor | None = None) -> Pending:
@@ -119,6 +124,18 @@ class OwnerPartition:
             return take_rows(mixed, self.own.reverse, self.own.reverse)
 
         return _Pending(finish)
+
+    def to_targets(self, x: Tensor) -> Pending:
+        assert self.own.leaving is not None, "the graph was built without leaving edges"
+        return self._with_others(x, self.out, self.own.leaving.rows, "to_targets")
+
+    def to_sources(self, x: Tensor) -> Pending:
+        assert self.own.leaving is not None, "the graph was built without leaving edges"
+        return self._with_others(x, self.back, self.own.leaving.order, "to_sources")
+
+    def _with_others(self, x: Tensor, route: Route, index: Tensor, verb: str) -> Pending:
+        way = route.post(x, self.group, verb)
+        return _Pending(lambda: torch.cat([x, way.wait()]).index_select(0, index))
 
     def aggregate_triplets(self, x: Tensor) -> Tensor:
         return self.own.aggregate_triplets(x)
@@ -173,13 +190,20 @@ def partition_by_owner(
     to, row = wanted // max(len(order), 1), wanted % max(len(order), 1) - first
 
     # Cut edges: both ends of a pair sort their edge by the same key, so what is sent and received lines up.
-    edge_row = torch.empty_like(source)
-    edge_row[mine] = torch.arange(len(mine))
+    row_of = torch.empty_like(source)
+    row_of[mine] = torch.arange(len(mine))
     reverse = graph.reverse[mine]
-    cut = torch.nonzero(remote).flatten()
+    cut = torch.nonzero(remote & (reverse >= 0)).flatten()
     pair = torch.minimum(mine[cut], reverse[cut])
     cut = cut[torch.argsort(owner[source[mine[cut]]] * len(source) + pair)]
     across = _counts(owner[source[mine[cut]]], parts)
+
+    # The same edges from their other end, and both ends list those between two parts in the whole graph's order.
+    leaving, out, back = None, _no_route(parts), _no_route(parts)
+    if graph.leaving is not None:
+        left = torch.nonzero(owner[source] == part).flatten()
+        left = left[torch.argsort(position[source[left]], stable=True)]
+        leaving, out, back = _leaving(mine, left, owner, position[source[left]] - first, graph, part, parts)
 
     exchange = OwnerExchange(
         order=order,
@@ -187,6 +211,8 @@ def partition_by_owner(
         edges=_counts(owner[target], parts),
         halo=Route(row, _counts(to, parts), _counts(owner[order[halo]], parts)),
         cut=Route(cut, across, across),
+        out=out,
+        back=back,
         fingerprint=fingerprint(graph),
     )
     owned = ExtendedGraph(
@@ -197,12 +223,46 @@ def partition_by_owner(
         source=local_source,
         target=local_target,
         shift=graph.shift[mine],
-        reverse=torch.where(remote, torch.arange(len(mine)), edge_row[reverse]),
+        reverse=torch.where(reverse < 0, -1, torch.where(remote, torch.arange(len(mine)), row_of[reverse])),
         buckets=EdgeBuckets.build(torch.bincount(local_target, minlength=len(atoms))),
         triplets=None if graph.triplets is None else Triplets.build(local_target, len(atoms)),
+        leaving=leaving,
         exchange=exchange,
     )
     return owned, atoms
+
+
+def _leaving(
+    mine: Tensor, left: Tensor, owner: Tensor, source: Tensor, graph: ExtendedGraph, part: int, parts: int
+) -> tuple[LeavingEdges, Route, Route]:
+    """Leaving edges of a part, and the routes between leaving and entering rows.
+
+    Args:
+        mine, left: (E,), (L,) int64, the edges that enter and leave this part's atoms, as the whole graph numbers them.
+        owner: (N,) int64, the part of each atom.
+        source: (L,) int64, the row of each leaving edge's source.
+    """
+
+    def rows(edges: Tensor, others: Tensor, end: Tensor) -> tuple[Tensor, Route]:
+        """For each of `edges` its row in `others` or behind them; and what the part at their `end` is sent of them."""
+        at = torch.full((graph.num_edges,), -1)
+        at[others] = torch.arange(len(others))
+        found, there = at[edges], owner[end[edges]]
+        away = torch.nonzero(there != part).flatten()
+        away = away[torch.argsort(there[away] * graph.num_edges + edges[away])]
+        found[away] = len(others) + torch.arange(len(away))
+        across = _counts(there[away], parts)
+        return found, Route(away, across, across)
+
+    entering_rows, back = rows(mine, left, graph.source)
+    leaving_rows, out = rows(left, mine, graph.target)
+    # What one way is sent, the other way is received.
+    out, back = out._replace(received=back.sent), back._replace(received=out.sent)
+    return LeavingEdges(source, leaving_rows, entering_rows), out, back
+
+
+def _no_route(parts: int) -> Route:
+    return Route(torch.zeros(0, dtype=torch.int64), (0,) * parts, (0,) * parts)
 
 
 def cut_by_edges(graph: ExtendedGraph, coordinates: Tensor, parts: int) -> tuple[Tensor, Counts]:

@@ -63,7 +63,6 @@ def _run(rank: int, size: int, port: int, where: tuple[str, str], args: tuple, r
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
-        DS_ACCELERATOR="cpu",
     )
     try:
         import torch

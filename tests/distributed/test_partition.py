@@ -6,6 +6,7 @@ Each world of P processes is started once and runs all checks; the tests look at
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from egnscale.data.batch import build_graph, cell_coordinates
 from egnscale.data.neighbors import GraphSpec
 from egnscale.data.sample import Sample
 from egnscale.models import ExtendedGraph, GemNetT, Prediction, build_model
+from egnscale.models.graph import EdgeBuckets, LeavingEdges
 from egnscale.models.scale_factors import fit_scale_factors
 from egnscale.scaling import collectives, partition
 from egnscale.scaling.partition import cut_by_edges, partition_by_owner
@@ -52,7 +54,20 @@ def cases() -> dict[str, list[Sample]]:
 
 def whole_graph(samples: list[Sample]) -> ExtendedGraph:
     large = any(sample.num_atoms > 500 for sample in samples)
-    return build_graph(samples, GraphSpec(3.0 if large else 4.0, 20), torch.float64)
+    graph = build_graph(samples, GraphSpec(3.0 if large else 4.0, 20), torch.float64)
+    return replace(graph, leaving=LeavingEdges.build(graph.source))
+
+
+def one_way(graph: ExtendedGraph) -> ExtendedGraph:
+    """Two thirds of a graph's edges, so that many have no reverse edge."""
+    kept = torch.randperm(graph.num_edges, generator=torch.Generator().manual_seed(1)) % 3 > 0
+    row = torch.where(kept, torch.cumsum(kept, 0) - 1, -1)
+    source, target = graph.source[kept], graph.target[kept]
+    return replace(
+        graph, source=source, target=target, shift=graph.shift[kept], reverse=row[graph.reverse[kept]],
+        buckets=EdgeBuckets.build(torch.bincount(target, minlength=graph.num_atoms)),
+        leaving=LeavingEdges.build(source),
+    )  # fmt: skip
 
 
 def part_of(mesh: Any, samples: list[Sample]) -> ExtendedGraph:
@@ -113,6 +128,8 @@ def verbs(graph: ExtendedGraph) -> dict[str, tuple[Callable[[Tensor], Tensor], i
         "gather_sources, narrower": (lambda h: part.gather_sources(h, narrower).wait(), graph.num_atoms),
         "gather_sources, wider": (lambda h: part.gather_sources(h, wider).wait(), graph.num_atoms),
         "swap": (lambda x: part.swap(x).wait(), graph.num_edges),
+        "to_targets": (lambda x: part.to_targets(x).wait(), len(graph.leaving.source)),
+        "to_sources": (lambda x: part.to_sources(x).wait(), graph.num_edges),
         "aggregate": (part.aggregate, graph.num_edges),
         "total": (part.total, graph.num_atoms),
         "reduce": (lambda x: part.reduce(x.sum(0)), graph.num_edges),
@@ -169,12 +186,27 @@ def definition_errors(mesh: Any, samples: list[Sample]) -> dict[str, float]:
     assert torch.equal(mesh.collect(mine[own], graph), mine)
 
     def by_atom(g: ExtendedGraph, h: Tensor) -> Tensor:
-        """Goes through every verb: sources to edges, edges to their reverses, edges to atoms, atoms to systems."""
+        """Goes through every verb: sources to edges, edges to their reverses, to their other end and back, to atoms."""
         x = g.partition.gather_sources(h).wait() * (1 + g.shift.square())
         x = g.partition.swap(x).wait() + x.square()
+        assert g.leaving is not None
+        x = x + g.partition.to_targets(h.index_select(0, g.leaving.source) * g.partition.to_sources(x).wait()).wait()
         return g.partition.aggregate(x) + g.partition.total(h).index_select(0, g.system)
 
-    return {"definition": error(mesh.collect(by_atom(graph, h[own]), graph), by_atom(whole, h))}
+    found = {"definition": error(mesh.collect(by_atom(graph, h[own]), graph), by_atom(whole, h))}
+
+    def one_way_sums(g: ExtendedGraph, h: Tensor) -> Tensor:
+        """Without `swap`, which edges without a reverse do not have."""
+        assert g.leaving is not None
+        x = g.partition.to_sources(g.partition.gather_sources(h).wait() + g.shift).wait()
+        return g.partition.aggregate(g.partition.to_targets(x * h.index_select(0, g.leaving.source)).wait())
+
+    directed = one_way(whole)
+    part, own = partition_by_owner(directed, cell_coordinates(samples), mesh.layout.graph, mesh.graph_rank)
+    part = mesh.place(part)
+    assert int((part.reverse < 0).sum()) == int((directed.reverse < 0)[torch.isin(directed.target, own)].sum())
+    found["one way"] = error(mesh.collect(one_way_sums(part, h[own]), part), one_way_sums(directed, h))
+    return found
 
 
 def mesh_rows(mesh: Any, samples: list[Sample]) -> Tensor:
