@@ -80,6 +80,8 @@ def _versions() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    # Before torch is imported: a broken connection shall be one line, without C++ stack traces.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = _parse(sys.argv[1:] if argv is None else argv)
     rank = os.environ.get("RANK")
     where = f"egnscale {args.command}" + (f" [rank {rank}]" if os.environ.get("WORLD_SIZE", "1") != "1" else "")

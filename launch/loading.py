@@ -15,6 +15,7 @@ from egnscale.data.sample import Sample
 from egnscale.data.sampler import BalancedBatchSampler
 from egnscale.data.store import Store
 from egnscale.models import ExtendedGraph, GemNetConfig
+from egnscale.scaling.layout import Mesh
 from egnscale.scaling.partition import partition_by_owner
 
 
@@ -69,19 +70,16 @@ def make_loader(
     store: Store,
     sampler: BalancedBatchSampler,
     model: GemNetConfig,
-    *,
+    mesh: Mesh,
     workers: int = 0,
-    pin: bool = False,
-    parts: int = 1,
-    part: int = 0,
 ) -> DataLoader:
-    """Loader of (graph, batch) pairs; graphs, or one part of each, are built in its workers."""
+    """Loader of (graph, batch) pairs; graphs, or this rank's part of each, are built in its workers."""
     return DataLoader(
         store,  # type: ignore[arg-type]
         batch_sampler=sampler,
-        collate_fn=PartCollate(Collate(graph_spec(model), model.num_elements), parts, part),
+        collate_fn=PartCollate(Collate(graph_spec(model), model.num_elements), mesh.layout.graph, mesh.graph_rank),
         num_workers=workers,
-        pin_memory=pin,
+        pin_memory=mesh.device.type == "cuda",
     )
 
 

@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     from egnscale.launch.trainer import Trainer
     from egnscale.scaling.engine import start_world
+    from egnscale.scaling.failure import watched
 
     world = start_world()
 
@@ -38,8 +39,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if world.is_main:
             print(line, file=sys.stderr)
 
-    trainer = Trainer(config, world, ds_config=args.deepspeed_config, resume=args.resume, say=say)
-    result = trainer.run(progress=not args.json)
+    with watched(world.rank, world.size, f"egnscale {args.command}"):
+        trainer = Trainer(config, world, ds_config=args.deepspeed_config, resume=args.resume, say=say)
+        result = trainer.run(progress=not args.json)
     if world.is_main and not args.json:
         from rich.console import Console
 

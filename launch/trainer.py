@@ -30,6 +30,7 @@ from egnscale.launch.schedules import build_schedule
 from egnscale.launch.tasks import S2EF, Normalizer
 from egnscale.models import ExtendedGraph, Prediction, build_model, count_parameters, model_config
 from egnscale.models.scale_factors import fit_scale_factors
+from egnscale.scaling.agreement import check_agreement, run_facts
 from egnscale.scaling.checkpoint import LATEST, find_checkpoint, save_checkpoint, verify_checkpoint, write_text
 from egnscale.scaling.collectives import added
 from egnscale.scaling.ds_config import complete_ds_config, read_ds_config
@@ -78,6 +79,10 @@ class Trainer:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.config, self.world, self.say = config, world, say
+        ds = read_ds_config(ds_config or config.parallel.deepspeed or f"zero{config.parallel.zero}")
+        if world.size > 1:
+            facts = run_facts(config.model_dump(mode="json"), ds, device=world.device.type, resume=resume)
+            check_agreement(facts, gather_over_ranks)
         self.mesh = Mesh.of_world(world.device, graph=config.parallel.graph)
         self.directory = Path(config.task.output)
         self.checkpoints = self.directory / "checkpoints"
@@ -112,7 +117,7 @@ class Trainer:
         if resumed is None:
             self._fit_scale_factors()
         ds = complete_ds_config(
-            read_ds_config(ds_config or config.parallel.deepspeed or f"zero{config.parallel.zero}"),
+            ds,
             zero=config.parallel.zero,
             precision=config.parallel.precision,
             gradient_accumulation=config.optim.gradient_accumulation,
@@ -370,15 +375,8 @@ class Trainer:
             epoch, position = epoch + 1, 0
 
     def _loader(self, store: Any, sampler: BalancedBatchSampler, workers: int | None = None) -> Any:
-        return make_loader(
-            store,
-            sampler,
-            self.model_config,
-            workers=self.config.data.workers if workers is None else workers,
-            pin=self.world.device.type == "cuda",
-            parts=self.mesh.layout.graph,
-            part=self.mesh.graph_rank,
-        )
+        workers = self.config.data.workers if workers is None else workers
+        return make_loader(store, sampler, self.model_config, self.mesh, workers)
 
     def _train_step(self, batches: Iterator[tuple[ExtendedGraph, AtomBatch]]) -> StepSums:
         """One optimizer step."""
