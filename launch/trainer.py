@@ -311,9 +311,10 @@ class Trainer:
         config, world = self.config, self.world
         log = RunLog(self.directory, resume_step=self.step) if world.is_main else None
         self.say(
-            f"{self.num_parameters:,} parameters, {len(self.train_store):,} structures, {self.mesh.layout.table()}, "
+            f"{self.num_parameters:,} parameters, {len(self.train_store):,} structures, "
             f"ZeRO-{config.parallel.zero}, {config.parallel.precision}, {self.total_steps} steps"
         )
+        self.say(self.mesh.layout.table() if world.size > 1 else str(self.mesh.layout))
         batches = self._batches()
         with TrainingProgress(
             self.total_steps,

@@ -14,6 +14,8 @@ from spawn import spawn
 from toy import make_dataset, slab, write_config
 
 from egnscale.launch.cli import main
+from egnscale.launch.run_files import read_weights
+from egnscale.scaling.checkpoint import find_checkpoint
 
 SPREAD = ["parallel.graph=2", "parallel.zero=1"]
 
@@ -33,8 +35,27 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def evaluations(run: Path) -> list[dict[str, float]]:
+    with open(run / "eval.csv") as file:
+        return [{k: float(v) for k, v in row.items() if k != "split"} for row in csv.DictReader(file)]
+
+
 def test_two_ranks_that_share_graphs_train_as_one_process(place: Path) -> None:
     assert dict(log(place / "shared")) == pytest.approx(dict(log(place / "alone")), rel=1e-4)
+    for mine, theirs in zip(*(evaluations(place / name) for name in ("shared", "alone")), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3)
+    shared, alone = (read_weights(find_checkpoint(place / name) / "model.safetensors") for name in ("shared", "alone"))
+    assert shared.keys() == alone.keys()
+    for name, weight in alone.items():  # averaged weights, and scale factors
+        assert (shared[name] - weight).norm() <= 1e-4 * weight.norm(), name
+
+
+def test_bf16_rows_are_exchanged(place: Path, tmp_path: Path) -> None:
+    words = ["optim.max_steps=4", "data.workers=0", "parallel.precision=bf16", "parallel.zero=2"]
+    assert main(["train", str(place / "alone.yaml"), *words, f"task.output={tmp_path}/alone", "--json"]) == 0
+    result = start(torchrun(), place / "shared.yaml", "parallel.graph=2", *words, f"task.output={tmp_path}/shared")
+    assert result.returncode == 0, result.stderr
+    assert dict(log(tmp_path / "shared")) == pytest.approx(dict(log(tmp_path / "alone")), rel=0.03)
 
 
 def test_exchanges_are_logged(place: Path) -> None:

@@ -57,7 +57,7 @@ def test_mpirun(data: Path, tmp_path: Path) -> None:
     launcher = [mpirun, "-n", "2", "--allow-run-as-root", "--oversubscribe", sys.executable]
     result = start(launcher, config, "optim.max_steps=2", "--json")
     assert result.returncode == 0, result.stderr
-    assert "2 rank(s)" in result.stderr
+    assert "= 2 ranks" in result.stderr
     assert log(tmp_path / "run")[-1][0] == 2
 
 
