@@ -78,17 +78,21 @@ def _versions() -> str:
     return " ".join(f"{name} {version(name)}" for name in ("egnscale", "torch", "deepspeed"))
 
 
+def _where(command: str) -> str:
+    """How a line of this process starts. Under mpirun, the rank is known only once the ranks have joined."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return f"egnscale {command}" + (f" [rank {os.environ['RANK']}]" if several and "RANK" in os.environ else "")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     # Before torch is imported: a broken connection shall be one line, without C++ stack traces.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = _parse(sys.argv[1:] if argv is None else argv)
-    rank = os.environ.get("RANK")
-    where = f"egnscale {args.command}" + (f" [rank {rank}]" if os.environ.get("WORLD_SIZE", "1") != "1" else "")
     try:
         result = args.run(args)
     except KeyboardInterrupt:
-        print(f"{where}: interrupted", file=sys.stderr)
+        print(f"{_where(args.command)}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if args.debug:
@@ -96,9 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, ValueError | OSError):
             text = f"{type(error).__name__}: {text} (--debug shows the traceback)"
-        print(f"{where}: {text}", file=sys.stderr)
+        print(f"{_where(args.command)}: {text}", file=sys.stderr)
         return 1
-    if args.json and result is not None and rank in (None, "0"):
+    if args.json and result is not None and os.environ.get("RANK", "0") == "0":
         print(json.dumps(result))
     return 0
 
