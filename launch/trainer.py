@@ -415,7 +415,8 @@ class Trainer:
         names = []
         if not torch.isfinite(loss.detach()):
             names = non_finite(prediction, graph, batch) or batch.names
-        guilty = [name for part in gather_over_ranks(names) for name in part]
+        # Ranks that share a graph name the same structures.
+        guilty = list(dict.fromkeys(name for part in gather_over_ranks(names) for name in part))
         more = f" and {len(guilty) - 8} more" if len(guilty) > 8 else ""
         raise ValueError(
             f"the loss became {loss.item()} at step {self.step + 1} on {', '.join(guilty[:8])}{more}; "
