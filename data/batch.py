@@ -94,7 +94,8 @@ def build_graph(samples: Sequence[Sample], spec: GraphSpec, dtype: torch.dtype =
 def cell_coordinates(samples: Sequence[Sample]) -> Tensor:
     """(V, 3) float64, where atoms lie in their cells: fractional along periodic axes (0 to 1), as they are elsewhere.
 
-    Axes without a cell vector are completed by unit vectors.
+    Axes without a cell vector are completed by unit vectors. Rounded, so that atoms of one layer have one coordinate on
+    every machine.
     """
     parts = []
     for sample in samples:
@@ -102,6 +103,7 @@ def cell_coordinates(samples: Sequence[Sample]) -> Tensor:
         if abs(np.linalg.det(cell)) < 1e-9:
             cell = np.eye(3)
         fractional = sample.positions @ np.linalg.inv(cell)
+        fractional = np.round(fractional, 6)
         parts.append(np.where(sample.pbc, fractional % 1.0, fractional))
     return torch.from_numpy(_stack(parts, 3))
 

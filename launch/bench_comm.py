@@ -15,6 +15,7 @@ This module is also the program of one rank: `torchrun ... -m egnscale.launch.be
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -116,19 +117,22 @@ def of_paper(config: GemNetConfig, graph: ExtendedGraph, ranks: int) -> dict[str
 
 
 def measure(preset: str, atoms: int, ranks: int) -> dict[str, Any]:
-    """Start `ranks` processes, in a network of their own where the system allows it; returns what they counted.
+    """What `ranks` processes on the CPU count, in a network of their own where the system allows it.
 
     Raises:
-        ValueError: if a process fails; with its last line.
+        ValueError: if a process fails; with its error.
     """
     spec = json.dumps({"model": preset, "atoms": atoms})
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     program += ["-m", "egnscale.launch.bench_comm", spec]
     apart = _own_network()
-    done = subprocess.run([*apart, *program], capture_output=True, text=True, check=False)
+    # On the CPU, whatever else is here: what is sent is the same, and it goes through the interface.
+    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*apart, *program], capture_output=True, text=True, check=False, env=variables)
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not lines:
-        raise ValueError(f"the run on {ranks} ranks failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+        errors = [line for line in done.stderr.splitlines() if "Error: " in line] or ["no error was printed"]
+        raise ValueError(f"the run on {ranks} ranks failed: {errors[0]}")
     found = json.loads(lines[-1].removeprefix(MARK))
     if not apart:
         found["wire"] = {}  # others may be using the interface

@@ -49,6 +49,8 @@ class Calculator(AseCalculator):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if mesh is not None and device is not None and torch.device(device) != mesh.device:
+            raise ValueError(f"device is {device}, but this rank of the mesh is on {mesh.device}; leave device out")
         trained = load_trained(checkpoint)
         self.mesh = mesh
         fallback = mesh.device if mesh else "cuda" if torch.cuda.is_available() else "cpu"

@@ -50,6 +50,8 @@ class RunLog:
         self._train = _CsvLog(self.directory / TRAIN_LOG, resume_step)
         self._eval = _CsvLog(self.directory / EVAL_LOG, resume_step)
         self._exchanges: _CsvLog | None = None
+        if (self.directory / EXCHANGE_LOG).exists():
+            self._exchanges = _CsvLog(self.directory / EXCHANGE_LOG, resume_step)
         self._resume_step = resume_step
         self._tensorboard = tensorboard
         self._writer: SummaryWriter | None = None

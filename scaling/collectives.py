@@ -12,7 +12,7 @@ buffer that nobody can read too early.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ class Traffic:
     def __init__(self) -> None:
         self.layer = ""
         self.tallies: defaultdict[Site, Tally] = defaultdict(Tally)
-        self._events: list[tuple[Tally, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[Tally, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def name_layers(self, layers: Sequence[nn.Module]) -> list[RemovableHandle]:
         """Count by layer from now on: "0 Embedding", "1 Block", ... Returns the hooks that do it."""
@@ -82,6 +82,8 @@ class Traffic:
             work.wait()
             end.record()
             self._events.append((tally, begin, end))
+            while self._events and self._events[0][2].query():  # those that have passed: maybe nobody ever reads
+                self._settle()
         else:
             begun = time.perf_counter()
             work.wait()
@@ -89,13 +91,16 @@ class Traffic:
 
     def read(self) -> dict[Site, Tally]:
         """What was counted since the last reading."""
-        for tally, begin, end in self._events:
-            end.synchronize()
-            tally.seconds += begin.elapsed_time(end) / 1e3
+        while self._events:
+            self._settle()
         found = dict(self.tallies)
         self.tallies.clear()
-        self._events.clear()
         return found
+
+    def _settle(self) -> None:
+        tally, begin, end = self._events.popleft()
+        end.synchronize()
+        tally.seconds += begin.elapsed_time(end) / 1e3
 
 
 def added(tallies: Iterable[Tally]) -> Tally:

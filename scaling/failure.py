@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from egnscale.scaling.watch import SILENT, Watch
+from egnscale.scaling.watch import PERIOD, SILENT, Watch
 
 
 class PeerFailed(ConnectionError):
@@ -26,8 +26,9 @@ def watched(rank: int, size: int, name: str) -> Iterator[None]:
 
     Raises:
         PeerFailed: instead of a collective's error, where it is known which rank caused it.
+        ValueError: where EGNSCALE_WATCH_SECONDS makes no sense.
     """
-    silent = float(os.environ.get("EGNSCALE_WATCH_SECONDS", SILENT))
+    silent = _limit()
     if size == 1 or not silent:
         yield
         return
@@ -43,6 +44,18 @@ def watched(rank: int, size: int, name: str) -> Iterator[None]:
         raise
     else:
         watch.stop()
+
+
+def _limit() -> float:
+    """Seconds of silence that are too long; 0 for no watch."""
+    given = os.environ.get("EGNSCALE_WATCH_SECONDS", SILENT)
+    try:
+        silent = float(given)
+    except ValueError:
+        silent = -1.0
+    if silent and not silent >= 2 * PERIOD:
+        raise ValueError(f"EGNSCALE_WATCH_SECONDS is {given}; give {2 * PERIOD:.0f} seconds or more, or 0 for no watch")
+    return silent
 
 
 def _describe(error: BaseException) -> str:

@@ -213,7 +213,7 @@ def partition_by_owner(
         cut=Route(cut, across, across),
         out=out,
         back=back,
-        fingerprint=fingerprint(graph),
+        fingerprint=fingerprint(graph, order, torch.tensor(sizes)),
     )
     owned = ExtendedGraph(
         positions=graph.positions[atoms],
@@ -317,10 +317,10 @@ def _counts(owner: Tensor, parts: int) -> Counts:
     return tuple(torch.bincount(owner, minlength=parts).tolist())
 
 
-def fingerprint(graph: ExtendedGraph) -> int:
-    """A checksum of a whole graph."""
+def fingerprint(graph: ExtendedGraph, *cut: Tensor) -> int:
+    """A checksum of a whole graph, and of how it is cut: every rank finds both out by itself."""
     value = zlib.crc32(str(graph.positions.dtype).encode())
-    for tensor in (graph.positions, graph.atomic_numbers, graph.system, graph.source, graph.target, graph.shift):
+    for tensor in (graph.positions, graph.atomic_numbers, graph.system, graph.source, graph.target, graph.shift, *cut):
         value = zlib.crc32(tensor.contiguous().numpy().tobytes(), value)
     return value
 

@@ -284,6 +284,9 @@ def refusals(mesh: Any, samples: list[Sample]) -> dict[str, str]:
 
     other = samples if mesh.rank else [*samples[:-1], structures.slab(size=(2, 2, 4), seed=4)]
     message("batch", lambda: part_of(mesh, other))
+    whole, where = whole_graph(samples), cell_coordinates(samples) * (1 if mesh.rank else -1)
+    cut = partition_by_owner(whole, where, mesh.layout.graph, mesh.graph_rank)[0]
+    message("cut", lambda: mesh.place(cut))
     graph = part_of(mesh, samples)
     dtype = torch.float64 if mesh.rank else torch.bfloat16
     message("dtype", lambda: graph.partition.swap(torch.ones(graph.num_edges, 7, dtype=dtype)).wait())
@@ -345,6 +348,7 @@ def test_ranks_that_disagree_are_named(worlds: dict, size: int) -> None:
     for found in worlds[size]:
         told = found["refusals"]
         assert "disagree about the batch" in told["batch"]
+        assert "disagree about the batch" in told["cut"]
         assert "rank 0: " in told["batch"]
         assert "rank 1: " in told["batch"]
         assert "bfloat16" in told["dtype"]

@@ -16,6 +16,7 @@ from toy import make_dataset, write_config
 
 from egnscale.scaling import agreement
 from egnscale.scaling.agreement import check_agreement, run_facts, source_facts
+from egnscale.scaling.failure import watched
 
 ROOT = Path(__file__).parents[2]
 HOST = socket.gethostname()
@@ -202,6 +203,13 @@ def test_a_setting_that_differs(start: Callable[..., Ranks], tmp_path: Path) -> 
         *(0, 1), name="egnscale train",
     )  # fmt: skip
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("limit", ["1", "-3", "soon"])
+def test_limits_that_make_no_sense(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EGNSCALE_WATCH_SECONDS", limit)
+    with pytest.raises(ValueError, match=f"EGNSCALE_WATCH_SECONDS is {limit}"), watched(0, 2, "program"):
+        pass
 
 
 # Agreement, in one process
