@@ -29,18 +29,22 @@ def graph_spec(config: AtomModelConfig) -> GraphSpec:
     )
 
 
-def open_labelled(path: str | Path, num_elements: int) -> Store:
+#: What a task reads of each structure.
+LABELS = {"s2ef": ("energy", "forces"), "is2re": ("energy_relaxed",)}
+
+
+def open_labelled(path: str | Path, num_elements: int, task: str = "s2ef") -> Store:
     """Open a store for training or evaluation.
 
     Raises:
-        ValueError: if it is empty, has no energies or forces, or holds elements that the model does not know.
+        ValueError: if it is empty, lacks what the task needs, or holds elements that the model does not know.
     """
     store = Store(path)
     if not len(store):
         raise ValueError(f"{path} holds no structures")
     sample = store[0]
-    if sample.energy is None or sample.forces is None:
-        raise ValueError(f"{path}: structures have no energies and forces, which s2ef needs")
+    if missing := [label for label in LABELS[task] if getattr(sample, label) is None]:
+        raise ValueError(f"{path}: structures have no {' and no '.join(missing)}, which {task} needs")
     highest = max(store.metadata["statistics"]["elements"])
     if highest > num_elements:
         raise ValueError(
