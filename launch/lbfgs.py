@@ -48,25 +48,26 @@ class LBFGSOptions:
 class LBFGS:
     """Positions and histories of a changing batch of structures.
 
-        optimizer = LBFGS()
-        optimizer.extend([positions, ...])           # structures enter
-        optimizer.step(optimizer.pack(forces))       # all of them move
-        optimizer.keep(torch.tensor([0, 2]))         # structures leave, and their histories with them
+    optimizer = LBFGS()
+    optimizer.extend([positions, ...])           # structures enter
+    optimizer.step(optimizer.pack(forces))       # all of them move
+    optimizer.keep(torch.tensor([0, 2]))         # structures leave, and their histories with them
     """
 
     def __init__(self, options: LBFGSOptions | None = None, device: torch.device | str = "cpu") -> None:
         self.options = options or LBFGSOptions()
-        like = {"dtype": torch.float64, "device": device}
-        self.positions = torch.zeros(0, 0, 3, **like)  #: (B, W, 3) A; zeros in padding
+        self.positions = torch.zeros(0, 0, 3, dtype=torch.float64, device=device)  #: (B, W, 3) A; zeros in padding
         self.real = torch.zeros(0, 0, dtype=torch.bool, device=device)  #: (B, W), False in padding
         self.steps = torch.zeros(0, dtype=torch.int64, device=device)  #: (B,), taken so far
-        self._moved = torch.zeros(0, 0, 3, **like)  # the last step, and the forces before it
-        self._forces = torch.zeros(0, 0, 3, **like)
+        self._moved = torch.zeros(
+            0, 0, 3, dtype=torch.float64, device=device
+        )  # the last step, and the forces before it
+        self._forces = torch.zeros(0, 0, 3, dtype=torch.float64, device=device)
         # Flattened displacements s and gradient differences y, oldest first, and R; a pair that a structure does not
         # have is zero, with a one on R's diagonal, and changes nothing.
-        self._s = torch.zeros(0, 0, 0, **like)  # (B, K, 3 W)
-        self._y = torch.zeros(0, 0, 0, **like)
-        self._r = torch.zeros(0, 0, 0, **like)  # (B, K, K)
+        self._s = torch.zeros(0, 0, 0, dtype=torch.float64, device=device)  # (B, K, 3 W)
+        self._y = torch.zeros(0, 0, 0, dtype=torch.float64, device=device)
+        self._r = torch.zeros(0, 0, 0, dtype=torch.float64, device=device)  # (B, K, K)
 
     def __len__(self) -> int:
         """B."""

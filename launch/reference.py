@@ -64,9 +64,7 @@ def write_inputs(directory: Path, samples: Sequence[Sample]) -> None:
         with replacing(poscar) as temporary:
             # Not sorted by element: forces come back atom by atom.
             ase.io.write(temporary, atoms, format="vasp", direct=False)
-        rows.append(
-            [number, sample.sid, sample.num_atoms, atoms.get_chemical_formula(), poscar.relative_to(directory)]
-        )
+        rows.append([number, sample.sid, sample.num_atoms, atoms.get_chemical_formula(), poscar.relative_to(directory)])
     with replacing(directory / STRUCTURES) as temporary:
         ase.io.write(temporary, everything, format="extxyz")
     with replacing(directory / INDEX) as temporary, temporary.open("w", newline="") as file:
@@ -84,22 +82,24 @@ def read_results(path: Path) -> Reference:
     """
     results: dict[int, tuple[Atoms, np.ndarray]] = {}
     for number, atoms in enumerate(read_atoms(path)):
-        sid = atoms.info.get("sid")
-        if sid is None or not np.isscalar(sid) or not str(sid).lstrip("-").isdigit():
+        sid = _integer(atoms.info.get("sid"))
+        if sid is None:
             raise ValueError(f"{path}: structure {number} has no sid; keep the one that {STRUCTURES} has in its info")
         forces = getattr(atoms.calc, "results", {}).get("forces") if atoms.calc is not None else None
         if forces is None:
             raise ValueError(f"{path}: structure {number} (sid {sid}) has no forces")
-        if int(sid) in results:
+        if sid in results:
             raise ValueError(f"{path}: structure {number} has sid {sid}, which an earlier one has too")
-        results[int(sid)] = (atoms, np.asarray(forces, dtype=np.float64))
+        results[sid] = (atoms, np.asarray(forces, dtype=np.float64))
 
     def reference(sample: Sample) -> np.ndarray | None:
         if sample.sid not in results:
             return None
         atoms, forces = results[sample.sid]
         if not np.array_equal(atoms.numbers, sample.atomic_numbers):
-            raise ValueError(f"{path}: sid {sample.sid} has other atoms, or in another order, than the predicted structure")
+            raise ValueError(
+                f"{path}: sid {sample.sid} has other atoms, or in another order, than the predicted structure"
+            )
         # Calculators wrap atoms into the cell: images of a place are the same place.
         from egnscale.launch.relaxation_metrics import nearest_image
 
@@ -134,6 +134,11 @@ def read_atoms(path: Path) -> list[Atoms]:
     if not structures:
         raise ValueError(f"{path} holds no structures")
     return structures
+
+
+def _integer(value: Any) -> int | None:
+    """A file may hold numbers as text."""
+    return int(str(value)) if str(value).lstrip("-").isdigit() else None
 
 
 def _bare(sample: Sample, constrained: bool = False) -> Atoms:

@@ -89,7 +89,7 @@ class Relaxed:
 
 
 class Evaluate(Protocol):
-    """Structures -> energies (B,) in eV and forces (V, 3) in eV/A, float64 on the CPU. May be called by many threads."""
+    """Structures -> energies (B,) in eV and forces (V, 3) in eV/A, float64 on the CPU. Called by several threads."""
 
     def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]: ...
 
@@ -108,9 +108,7 @@ class Potential:
     device: torch.device
 
     @classmethod
-    def of(
-        cls, trained: TrainedModel, device: torch.device | str, dtype: torch.dtype = torch.float32
-    ) -> Potential:
+    def of(cls, trained: TrainedModel, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Potential:
         """The model of a checkpoint, moved to a device and a precision."""
         model = trained.model.to(device, dtype)
         collate = Collate(graph_spec(model.config), model.config.num_elements, dtype)
@@ -119,7 +117,9 @@ class Potential:
     def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         energy, forces = self.predict(samples)
         if forces is None:
-            raise ValueError("the model predicts no forces, so it cannot relax a structure; use one that was trained on s2ef")
+            raise ValueError(
+                "the model predicts no forces, so it cannot relax a structure; use one that was trained on s2ef"
+            )
         return energy, forces
 
     @torch.no_grad()
@@ -186,7 +186,9 @@ def relax(
 
     def lane() -> _Lane:
         settings = options or RelaxOptions()
-        return _Lane(waiting, evaluate, settings, turns, -(-batch_size // lanes), max_atoms, lanes, keep_frames, observe)
+        return _Lane(
+            waiting, evaluate, settings, turns, -(-batch_size // lanes), max_atoms, lanes, keep_frames, observe
+        )
 
     if lanes == 1:
         yield from lane().run()
@@ -326,8 +328,7 @@ class _Lane:
         forces = self.optimizer.pack(torch.from_numpy(np.concatenate(moving)))
         converged = (self.optimizer.largest_force(forces) <= self.options.fmax).tolist()
         stay = [
-            not done and member.steps < self.options.steps
-            for done, member in zip(converged, self.members, strict=True)
+            not done and member.steps < self.options.steps for done, member in zip(converged, self.members, strict=True)
         ]
         ended = [
             member.end("converged" if done else "step limit")

@@ -49,7 +49,7 @@ def nearest_image(difference: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> 
     periodic = np.asarray(pbc, dtype=bool)
     if not periodic.any():
         return difference
-    cell = _completed(np.asarray(cell, dtype=np.float64))
+    cell = _completed(np.asarray(cell, dtype=np.float64), periodic)
     fractional = np.linalg.solve(cell.T, difference.T).T
     # Twice: the remainder of a tiny negative number rounds to 1.
     fractional = np.where(periodic, fractional % 1.0 % 1.0, fractional)
@@ -57,11 +57,11 @@ def nearest_image(difference: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> 
     return fractional @ cell
 
 
-def _completed(cell: np.ndarray) -> np.ndarray:
-    """The cell with unit vectors orthogonal to the others in place of vectors that are zero."""
-    present = cell.any(axis=1)
-    if present.all():
+def _completed(cell: np.ndarray, periodic: np.ndarray) -> np.ndarray:
+    """The cell; where it has no volume, with unit vectors across the periodic ones in place of the others."""
+    if abs(np.linalg.det(cell)) > 1e-9:
         return cell
+    present = periodic
     # Rows of vh behind the rank span what the present vectors do not.
     _, _, vh = np.linalg.svd(cell[present].reshape(-1, 3), full_matrices=True)
     completed = cell.copy()

@@ -35,7 +35,7 @@ def s2ef_predictions(
         ids: (sid, fid) of each structure
         energies: eV
         forces: (free atoms, 3) eV/A of each structure
-        full_precision: forces in float32; else in float16, which rounds to 0.05 percent and is what OC20's own code writes
+        full_precision: forces in float32; else, as OC20's own code does, in float16, which rounds by 0.05 percent
     """
     return {
         "ids": _ids([f"{sid}_{fid}" for sid, fid in ids]),
