@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -101,8 +102,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             print(f"{args.predictions}: {args.task} predictions of {', '.join(predictions)}")
         if args.reference_inputs is not None:
             print(f"{args.reference_inputs}: predicted structures; --reference-results reads their forces back")
-    report = {"checkpoint": str(trained.path), "step": trained.run["step"], "splits": results}
-    return report | ({"task": args.task} if relaxed else {})
+    report: dict[str, Any] = {"checkpoint": str(trained.path), "step": trained.run["step"], "splits": results}
+    if relaxed:
+        # What there was nothing to average over is null: JSON has no NaN.
+        known = {
+            name: {metric: None if math.isnan(value) else value for metric, value in metrics.items()}
+            for name, metrics in results.items()
+        }
+        report |= {"task": args.task, "splits": known}
+    return report
 
 
 def _check(args: argparse.Namespace, relaxed: bool) -> None:
