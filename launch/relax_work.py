@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,9 @@ from egnscale.launch.relaxation_folder import RelaxationFolder
 from egnscale.launch.run_files import TrainedModel
 from egnscale.scaling.engine import once
 from egnscale.scaling.layout import Mesh
+
+#: Between lines of progress where there is no terminal.
+_SECONDS = 30.0
 
 
 def settings_of(trained: TrainedModel, options: RelaxOptions, dtype: str) -> dict[str, Any]:
@@ -105,6 +109,8 @@ def relax_share(
         share: their numbers, in the order in which they are begun.
         done: how many more are done already, for the progress.
     """
+    total, said = done + len(share), time.monotonic()
+    live = sys.stderr.isatty()
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}"))
     console = Console(stderr=True)
     evaluated = 0
@@ -114,8 +120,8 @@ def relax_share(
         evaluated += structures
         bar.update(task, what=f"{evaluated:,} steps")
 
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet or not sys.stderr.isatty()) as bar:
-        task = bar.add_task(title, total=done + len(share), completed=done, what="")
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet or not live) as bar:
+        task = bar.add_task(title, total=total, completed=done, what="")
         for relaxed in relax(
             samples,
             potential,
@@ -128,6 +134,10 @@ def relax_share(
             observe=observe,
         ):
             bar.advance(task)
+            done += 1
+            if not quiet and not live and time.monotonic() - said > _SECONDS:
+                said = time.monotonic()
+                print(f"{title}: {done}/{total} structures, {evaluated:,} steps", file=sys.stderr, flush=True)
             yield relaxed
 
 

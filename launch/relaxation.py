@@ -23,7 +23,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -127,8 +127,9 @@ class Potential:
         """As calling it, but with None for the forces of a model that has none."""
         graph, _ = self.collate(samples)
         prediction = self.normalizer.physical(self.model(graph.to(self.device)))
-        forces = None if prediction.forces is None else prediction.forces.double().cpu()
-        return prediction.energy.double().cpu(), forces
+        # Detached: forces that are a gradient may come with the graph that made them.
+        forces = None if prediction.forces is None else prediction.forces.detach().double().cpu()
+        return prediction.energy.detach().double().cpu(), forces
 
     @property
     def lanes(self) -> int:
@@ -140,9 +141,7 @@ class Potential:
         """How many atoms a lane evaluates at once; None: as many as there are."""
         if self.device.type != "cpu":
             return None
-        config: Any = self.collate.spec
-        width = _width(self.model)
-        return max(1, CPU_FEATURES // (width * (config.max_neighbors or 50)))
+        return max(1, CPU_FEATURES // (_width(self.model) * (self.collate.spec.max_neighbors or 50)))
 
 
 def _width(model: nn.Module) -> int:
@@ -317,14 +316,13 @@ class _Lane:
     def _advance(self) -> Iterator[Relaxed]:
         """Evaluate all members, let those go that are done, and move the others."""
         failed = self._evaluate_all()
-        frames = [member.last for member in self.members if member not in failed]
         if failed:
+            ended = [member.end("failed", reason) for member, reason in failed.items()]
             self._leave([member not in failed for member in self.members])
-            yield from (member.end("failed", reason) for member, reason in failed.items())
+            yield from ended
         if not self.members:
             return
-        assert all(frame is not None for frame in frames)
-        moving = [frame.forces[member.free] for frame, member in zip(frames, self.members, strict=True) if frame]
+        moving = [member.last.forces[member.free] for member in self.members if member.last is not None]
         forces = self.optimizer.pack(torch.from_numpy(np.concatenate(moving)))
         converged = (self.optimizer.largest_force(forces) <= self.options.fmax).tolist()
         stay = [

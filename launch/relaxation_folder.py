@@ -231,11 +231,11 @@ def write_trajectory(path: Path, relaxed: Relaxed) -> None:
     from ase.io.trajectory import TrajectoryWriter
 
     with replacing(path) as temporary:
+        atoms = to_atoms(relaxed)
+        atoms.info = {"sid": relaxed.sample.sid}
         writer = TrajectoryWriter(str(temporary), "w")
         try:
             for frame in relaxed.frames:
-                atoms = to_atoms(relaxed)
-                atoms.info = {"sid": relaxed.sample.sid}
                 atoms.set_positions(frame.positions, apply_constraint=False)
                 atoms.calc = SinglePointCalculator(atoms, energy=frame.energy, forces=frame.forces)
                 writer.write(atoms)

@@ -298,7 +298,7 @@ def test_without_trajectories_and_own_sids(run: Path, tmp_path: Path) -> None:
 
 def test_killed_and_started_again(run: Path, tmp_path: Path) -> None:
     """It goes on where it was killed, and ends with what an uninterrupted one gives."""
-    write_structures(tmp_path / "in.traj", 12)
+    write_structures(tmp_path / "in.traj", 30)
     # One at a time: nothing depends on who is in the batch, not even the rounding.
     more = ("--batch-size", "1", "--json")
     assert main(words(run, tmp_path / "in.traj", tmp_path / "whole", *more)) == 0
