@@ -234,7 +234,7 @@ def _evaluate_relaxed(
             mesh,
             batch_size=batch_size,
             out=None if args.out is None else args.out / split.name,
-            settings=settings_of(trained, options, args.dtype) | {"input": str(split.samples.store.path)},
+            settings=settings_of(trained, options, args.dtype) | {"input": str(split.samples.store.path.resolve())},
             quiet=args.json or mesh.rank > 0,
         )
         predictions[split.name] = done.predictions

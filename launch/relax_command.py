@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
 
     from egnscale.launch.relax_work import ids, read_structures, relax_into, settings_of
-    from egnscale.launch.relaxation import Potential
+    from egnscale.launch.relaxation import NO_FORCES, Potential
     from egnscale.launch.relaxation_folder import RelaxationFolder, names_of, summary
     from egnscale.launch.run_files import load_trained
     from egnscale.scaling.engine import start_world
@@ -90,11 +90,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     names = names_of(*ids(samples))
     world = start_world()
     device = _device(args.device, world.size, world.device)
-    settings = settings_of(trained, options, args.dtype) | {"trajectories": args.traj, "input": str(args.structures)}
+    settings = settings_of(trained, options, args.dtype) | {
+        "trajectories": args.traj,
+        "input": str(args.structures.resolve()),
+    }
     folder = RelaxationFolder(args.out, names, settings)
     start = time.monotonic()
     with watched(world.rank, world.size, f"egnscale {args.command}"):
         potential = Potential.of(trained, device, getattr(torch, args.dtype))
+        if not potential.has_forces():
+            raise ValueError(f"{trained.path}: {NO_FORCES}")
         results = relax_into(
             folder,
             samples,

@@ -42,6 +42,8 @@ Status = Literal["converged", "step limit", "failed"]
 #: batches are slower there: 64 slabs at once take 1.4 times as long per slab as 6 do.
 CPU_FEATURES = 350_000
 
+NO_FORCES = "the model predicts no forces, so it cannot relax a structure; use one that was trained on s2ef"
+
 
 @dataclass(frozen=True)
 class RelaxOptions:
@@ -117,9 +119,7 @@ class Potential:
     def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         energy, forces = self.predict(samples)
         if forces is None:
-            raise ValueError(
-                "the model predicts no forces, so it cannot relax a structure; use one that was trained on s2ef"
-            )
+            raise ValueError(NO_FORCES)
         return energy, forces
 
     @torch.no_grad()
@@ -130,6 +130,18 @@ class Potential:
         # Detached: forces that are a gradient may come with the graph that made them.
         forces = None if prediction.forces is None else prediction.forces.detach().double().cpu()
         return prediction.energy.detach().double().cpu(), forces
+
+    def has_forces(self) -> bool:
+        """Whether the model predicts forces: tried on the smallest molecule there is."""
+        molecule = Sample(
+            atomic_numbers=np.array([1, 1]),
+            positions=np.array([[0.0, 0.0, 0.0], [0.74, 0.0, 0.0]]),
+            cell=np.zeros((3, 3)),
+            pbc=np.zeros(3, dtype=bool),
+            tags=np.zeros(2, dtype=np.int64),
+            fixed=np.zeros(2, dtype=bool),
+        )
+        return self.predict([molecule])[1] is not None
 
     @property
     def lanes(self) -> int:

@@ -121,13 +121,13 @@ def evaluate_split(
     Raises:
         ValueError: for is2rs with a model without forces; and as `RelaxationFolder`.
     """
-    _, forces = potential.predict([split.samples[0]])
-    if forces is None and split.task == "is2rs":
+    has_forces = potential.has_forces()
+    if not has_forces and split.task == "is2rs":
         raise ValueError(
             "the model predicts no forces, so it cannot relax a structure; --task is2re predicts its energy"
         )
     share = share_of(split.samples, mesh, len(split.samples))
-    if forces is None:
+    if not has_forces:
         return _direct(split, potential, mesh, share, batch_size)
     if out is None:
         results = list(

@@ -399,3 +399,34 @@ def test_structures_that_make_no_sense(
     assert len(lines) == 1
     assert expected in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_forces(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_structures(tmp_path / "in.traj", 2)
+    with_forces = Potential.predict
+    monkeypatch.setattr(Potential, "predict", lambda self, batch: (with_forces(self, batch)[0], None))
+    assert main(words(run, tmp_path / "in.traj", tmp_path / "out")) == 1
+    assert "predicts no forces" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="predicts no forces"):
+        Potential.of(load_trained(run), "cpu")(structures(1))
+
+
+def test_interrupted(run: Path, tmp_path: Path) -> None:
+    """Ctrl-C ends all lanes with one line, and what was done is kept."""
+    write_structures(tmp_path / "in.traj", 30)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "egnscale.launch.cli", *words(run, tmp_path / "in.traj", out, "--batch-size", "2")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    while not list((out / ".relax" / "structures").glob("[0-9]*.npz")):
+        assert process.poll() is None, "it ended before it could be interrupted"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == "egnscale relax: interrupted"
+    assert list((out / ".relax" / "structures").glob("[0-9]*.npz"))
+    assert main(words(run, tmp_path / "in.traj", out, "--json")) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -292,3 +293,14 @@ def test_inputs_keep_order_and_constraints(tmp_path: Path) -> None:
         assert atoms.info["sid"] == sample.sid
         assert np.array_equal(atoms.numbers, sample.atomic_numbers)
         assert atoms.calc is None
+
+
+def test_test_splits_are_joined(place: Path, tmp_path: Path) -> None:
+    """A directory of test stores, whose labels others keep, becomes one file."""
+    for split in ("test_ood_ads", "test_id", "val"):
+        shutil.copytree(place / "unlabelled", tmp_path / "data" / "is2re" / split)
+    file = tmp_path / "out.npz"
+    words = ["evaluate", str(place / "run"), str(tmp_path / "data"), "--json", "--task", "is2rs", *RELAX]
+    assert main([*words, "--predictions", str(file)]) == 0
+    with np.load(file) as archive:
+        assert archive.files == ["id_ids", "id_pos", "id_chunk_idx", "ood_ads_ids", "ood_ads_pos", "ood_ads_chunk_idx"]
