@@ -139,6 +139,7 @@ class RelaxationFolder:
             [relaxed.sample.sid for relaxed in ordered], [relaxed.positions for relaxed in ordered]
         )
         arrays |= {
+            "start": np.array([_fingerprint(relaxed.sample) for relaxed in ordered], dtype=np.int64),
             "fids": np.array([relaxed.sample.fid for relaxed in ordered], dtype=np.int64),
             "forces": np.concatenate([np.zeros((0, 3)), *(column["forces"] for column in columns)]),
             **{
@@ -171,7 +172,7 @@ class RelaxationFolder:
         results = []
         for index, name in enumerate(arrays["ids"].tolist()):
             sample = samples[index]
-            if str(sample.sid) != name or sample.num_atoms != len(positions[index]):
+            if str(sample.sid) != name or arrays["start"][index] != _fingerprint(sample):
                 raise ValueError(f"{self.path} was made from other structures than these; choose another path")
             own = {column: arrays[column][index] for column in ("energy", "steps", "status", "reason")}
             results.append(_relaxed(index, sample, {**own, "pos": positions[index], "forces": forces[index]}))
@@ -270,6 +271,6 @@ def _relaxed(index: int, sample: Sample, arrays: Mapping[str, np.ndarray]) -> Re
 
 
 def _fingerprint(sample: Sample) -> int:
-    """Of where a relaxation begins."""
+    """Of where a relaxation begins: CRC-32."""
     content = (sample.atomic_numbers, sample.positions, sample.cell, sample.pbc, sample.fixed)
     return zlib.crc32(b"".join(np.ascontiguousarray(array).tobytes() for array in content))

@@ -339,6 +339,8 @@ def test_failures_are_tried_again(tmp_path: Path) -> None:
     assert again[1].forces is None
     assert json.loads((tmp_path / "out" / "relax.json").read_text())["failed"].keys() == {"101"}
     assert len(ase.io.read(tmp_path / "out" / "relaxed.extxyz", ":")) == 3
+    with pytest.raises(ValueError, match="made from other structures"):
+        folder.read(samples[::-1])
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
