@@ -103,8 +103,10 @@ def sizes_for_balance(store: Store, rule: str) -> np.ndarray:
 SPLIT_ORDER = ("val_id", "val_ood_ads", "val_ood_cat", "val_ood_both")
 
 
-def validation_splits(path: Path) -> dict[str, Path]:
-    """{name: store}: the path itself if it is a store, else the `val_*` stores in it (or in its `s2ef`).
+def validation_splits(path: Path, task: str = "s2ef") -> dict[str, Path]:
+    """{name: store}: the path itself if it is a store, else the `val_*` stores in it (or in its `s2ef`, ...).
+
+    Where there are none, the `test_*` stores, whose labels others keep.
 
     Raises:
         ValueError: if there is nothing to evaluate on.
@@ -113,9 +115,9 @@ def validation_splits(path: Path) -> dict[str, Path]:
         raise ValueError(f"{path} does not exist")
     if (path / "metadata.json").is_file():
         return {path.name: path}
-    for root in (path, path / "s2ef"):
-        found = {file.parent.name: file.parent for file in sorted(root.glob("val_*/metadata.json"))}
+    for root, kind in ((path, "val_"), (path / task, "val_"), (path, "test_"), (path / task, "test_")):
+        found = {file.parent.name: file.parent for file in sorted(root.glob(f"{kind}*/metadata.json"))}
         if found:
-            known = [name for name in SPLIT_ORDER if name in found]
+            known = [name for name in (kind + split.removeprefix("val_") for split in SPLIT_ORDER) if name in found]
             return {name: found[name] for name in [*known, *(name for name in found if name not in known)]}
     raise ValueError(f"{path} is no store of egnscale, and holds no val_* stores")
