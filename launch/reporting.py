@@ -169,7 +169,7 @@ def read_log(path: Path) -> list[dict[str, float | str]]:
 
 
 def plot_training(directory: Path | str) -> Path:
-    """Draw loss, energy error and (where there are any) force error against steps into `training.png`; returns its path.
+    """Draw loss, energy error and, where there is one, force error against steps into `training.png`; returns its path.
 
     Dashed lines are what costs nothing: predicting the training set's mean energy, and no forces.
     """
