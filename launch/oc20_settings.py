@@ -1,7 +1,7 @@
 """Hyperparameters of the public OC20 models, and ours, both ways.
 
-What a public configuration says is compared with the sizes that the weights have; whatever it leaves out has the default
-of the public constructor. A setting that egnscale does not know, or does not have, is refused by its name: a model that
+What a public configuration says is compared with the sizes that the weights have; what it leaves out has the default of
+the public constructor. A setting that egnscale does not know, or does not have, is refused by its name: a model that
 computes something else than the published one would be worse than none.
 """
 
