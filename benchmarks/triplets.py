@@ -27,8 +27,7 @@ def works(
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
     buckets = EdgeBuckets.build(torch.full((max(1, args.edges // degree),), degree))
-    slots, rows, mask, shapes = buckets
-    buckets = EdgeBuckets(slots.to(args.device), rows.to(args.device), mask.to(args.device), shapes)
+    buckets = buckets.map(lambda index: index.to(args.device))
     edges = len(buckets.rows)
     direction = torch.nn.functional.normalize(torch.randn(edges, 3, device=args.device), dim=1)
     angular = {form: angular_basis(direction, buckets, NUM_SPHERICAL, form) for form in ("block", "harmonic")}

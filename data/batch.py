@@ -11,7 +11,7 @@ from torch import Tensor
 
 from egnscale.data.neighbors import GraphSpec, radius_graph
 from egnscale.data.sample import Sample
-from egnscale.models.graph import EdgeBuckets, ExtendedGraph
+from egnscale.models.graph import EdgeBuckets, ExtendedGraph, LeavingEdges
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,17 +77,19 @@ def build_graph(samples: Sequence[Sample], spec: GraphSpec, dtype: torch.dtype =
     """One `ExtendedGraph` of all samples."""
     edges = radius_graph(samples, spec)
     counts = np.array([sample.num_atoms for sample in samples], dtype=np.int64)
-    target = torch.from_numpy(edges.target)
+    num_atoms = int(counts.sum())
+    source, target, reverse = map(torch.from_numpy, (edges.source, edges.target, edges.reverse))
     return ExtendedGraph(
         positions=torch.from_numpy(_stack([sample.positions for sample in samples], 3)).to(dtype),
         atomic_numbers=torch.from_numpy(_stack([sample.atomic_numbers for sample in samples])),
         system=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)),
         num_systems=len(samples),
-        source=torch.from_numpy(edges.source),
+        source=source,
         target=target,
         shift=torch.from_numpy(edges.shift).to(dtype),
-        reverse=torch.from_numpy(edges.reverse),
-        buckets=EdgeBuckets.build(torch.bincount(target, minlength=int(counts.sum()))),
+        reverse=reverse,
+        buckets=EdgeBuckets.build(torch.bincount(target, minlength=num_atoms)),
+        leaving=LeavingEdges.build(source, reverse, num_atoms) if spec.leaving else None,
     )
 
 

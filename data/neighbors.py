@@ -6,12 +6,12 @@
    1e-6 A to each other) are ranked by a fixed generic linear form of the displacement in fractional coordinates, so the
    choice does not depend on the order of the atoms, on rotations, translations, or on what else is in the batch.
    (Structures without a full cell use Cartesian components: there, a tie right at the cap can turn with the frame.)
-3. Symmetrisation: an edge exists together with its reverse, or not at all.
+3. Symmetrisation: an edge exists together with its reverse, or not at all; `none` leaves this step out (DimeNet++).
    `union` (default): if either end keeps the other. Independent of the order of atoms.
    `oc20`: if the end with the higher index keeps the other (for an atom and its own image: the lexicographically
    negative image). It is what the public OC20 code does, and it makes energies depend on the order of the atoms
    wherever the cap cuts; use it to reproduce published checkpoints.
-   Either way an atom's degree can exceed `max_neighbors`.
+   With these two an atom's degree can exceed `max_neighbors`.
 
 Edges are sorted by (target, source, image), so a structure's edges do not depend on the batch either.
 """
@@ -27,7 +27,7 @@ import vesin
 
 from egnscale.data.sample import Sample
 
-Symmetrize = Literal["union", "oc20"]
+Symmetrize = Literal["union", "oc20", "none"]
 
 #: Neighbours of one atom whose distances differ by less (A) count as equally far.
 TIE_TOLERANCE = 1e-6
@@ -43,14 +43,15 @@ class GraphSpec:
     cutoff: float = 6.0  #: A
     max_neighbors: int | None = 50  #: None: no cap
     symmetrize: Symmetrize = "union"
+    leaving: bool = False  #: list edges by the atom that they leave, too
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.cutoff) and self.cutoff > 0):
             raise ValueError(f"cutoff is {self.cutoff} A; it must be positive")
         if self.max_neighbors is not None and self.max_neighbors < 1:
             raise ValueError(f"max_neighbors is {self.max_neighbors}; it must be at least 1, or null for no cap")
-        if self.symmetrize not in ("union", "oc20"):
-            raise ValueError(f"symmetrize is {self.symmetrize!r}; choose 'union' or 'oc20'")
+        if self.symmetrize not in ("union", "oc20", "none"):
+            raise ValueError(f"symmetrize is {self.symmetrize!r}; choose 'union', 'oc20' or 'none'")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ class Edges:
     target: np.ndarray  #: (E,) int64
     image: np.ndarray  #: (E, 3) int64, the lattice translation of the source
     shift: np.ndarray  #: (E, 3) float64, A: image @ cell
-    reverse: np.ndarray  #: (E,) int64
+    reverse: np.ndarray  #: (E,) int64; -1: there is none
 
 
 def radius_graph(samples: Sequence[Sample], spec: GraphSpec) -> Edges:
@@ -78,14 +79,31 @@ def radius_graph(samples: Sequence[Sample], spec: GraphSpec) -> Edges:
         rank = _rank_of_ties(vector, cells, owner[target])
         keep = _nearest(target, distance, rank, spec.max_neighbors, num_atoms)
         source, target, image = source[keep], target[keep], image[keep]
-    source, target, image = _symmetrize(source, target, image, spec.symmetrize)
+    if spec.symmetrize != "none":
+        source, target, image = _symmetrize(source, target, image, spec.symmetrize)
     order = np.lexsort((image[:, 2], image[:, 1], image[:, 0], source, target))
     source, target, image = source[order], target[order], image[order]
-    # Sorting by the reverse edge's key lists the edges in the order of their reverses: rank for rank.
-    reverse = np.empty_like(order)
-    reverse[np.lexsort((-image[:, 2], -image[:, 1], -image[:, 0], target, source))] = np.arange(len(order))
+    reverse = _reverse(source, target, image, symmetric=spec.symmetrize != "none")
     shift = np.einsum("ei,eij->ej", image.astype(np.float64), cells[owner[target]])
     return Edges(source, target, image, shift, reverse)
+
+
+def _reverse(source: np.ndarray, target: np.ndarray, image: np.ndarray, *, symmetric: bool) -> np.ndarray:
+    """The row of each edge's reverse, of edges sorted by (target, source, image)."""
+    turned = np.lexsort((-image[:, 2], -image[:, 1], -image[:, 0], target, source))
+    reverse = np.empty_like(turned)
+    if symmetric:
+        # Sorting by the reverse edge's key lists the edges in the order of their reverses: rank for rank.
+        reverse[turned] = np.arange(len(turned))
+        return reverse
+    # Edges and reverses of edges in one order: where two neighbours are the same, the edge has a reverse.
+    keys = np.column_stack([target, source, image])
+    both = np.concatenate([keys, np.column_stack([source, target, -image])])
+    order = np.lexsort(both.T[::-1])  # stable: an edge stands before the reverse that equals it
+    same = (both[order[:-1]] == both[order[1:]]).all(axis=1)
+    reverse[:] = -1
+    reverse[order[1:][same] - len(keys)] = order[:-1][same]
+    return reverse
 
 
 def count_edges(sample: Sample, spec: GraphSpec | None = None) -> int:

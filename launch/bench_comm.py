@@ -55,6 +55,18 @@ def slab(atoms: int, number: int = 0) -> Sample:
     return Sample.from_atoms(made, sid=number)
 
 
+def gemnet_config(preset: str) -> GemNetConfig:
+    """The configuration of a GemNet preset.
+
+    Raises:
+        ValueError: for any other model.
+    """
+    config = model_config(preset)
+    if not isinstance(config, GemNetConfig):
+        raise ValueError(f"--model is {preset}; what is sent is foretold and measured for GemNet only")
+    return config
+
+
 def parts_of(samples: list[Sample], config: GemNetConfig, ranks: int) -> tuple[ExtendedGraph, list[ExtendedGraph]]:
     """The whole graph and its parts."""
     graph = build_graph(samples, GraphSpec(config.cutoff, config.max_neighbors, config.symmetrize))  # type: ignore[arg-type]
@@ -168,7 +180,7 @@ def run_rank(preset: str, atoms: int) -> None:
     mesh = Mesh.of_world(world.device, graph=world.size)
     group = mesh.graph_group
     assert group is not None
-    config = model_config(preset)
+    config = gemnet_config(preset)
     whole, parts = parts_of([slab(atoms)], config, world.size)
     torch.manual_seed(0)
     model = build_model(one_block(config, slim=True)).to(world.device)

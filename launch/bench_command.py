@@ -29,10 +29,18 @@ def _comm(args: argparse.Namespace) -> dict[str, Any]:
     if min(args.atoms) < 20:
         raise ValueError(f"--atoms is {min(args.atoms)}; slabs have at least 20 atoms")
 
-    from egnscale.launch.bench_comm import foretell, imbalance, measure, of_block, of_paper, parts_of, slab
-    from egnscale.models import model_config
+    from egnscale.launch.bench_comm import (
+        foretell,
+        gemnet_config,
+        imbalance,
+        measure,
+        of_block,
+        of_paper,
+        parts_of,
+        slab,
+    )
 
-    config = model_config(args.model)
+    config = gemnet_config(args.model)
     systems = []
     for atoms in args.atoms:
         graph, parts = parts_of([slab(atoms)], config, args.ranks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from ase import Atoms
@@ -37,7 +37,7 @@ class Calculator(AseCalculator):
             element that the model does not know.
     """
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "forces"]
+    implemented_properties: list[str] = ["energy", "forces"]  # noqa: RUF012 (ASE's own declaration)
 
     def __init__(
         self,
@@ -52,6 +52,8 @@ class Calculator(AseCalculator):
         if mesh is not None and device is not None and torch.device(device) != mesh.device:
             raise ValueError(f"device is {device}, but this rank of the mesh is on {mesh.device}; leave device out")
         trained = load_trained(checkpoint)
+        if trained.model.config.forces == "none":
+            self.implemented_properties = ["energy"]
         self.mesh = mesh
         fallback = mesh.device if mesh else "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device or fallback)
@@ -67,6 +69,8 @@ class Calculator(AseCalculator):
         graph, _ = self.collate([Sample.from_atoms(self.atoms)])
         graph = self.mesh.place(graph) if self.mesh else graph.to(self.device)
         with torch.no_grad():
-            prediction = self.normalizer.physical(self.model(graph))
-            forces = self.mesh.collect(prediction.forces, graph) if self.mesh else prediction.forces
-        self.results = {"energy": prediction.energy.item(), "forces": forces.double().cpu().numpy()}
+            energy, forces = self.normalizer.physical(self.model(graph))
+            self.results: dict[str, Any] = {"energy": energy.item()}
+            if forces is not None:
+                forces = self.mesh.collect(forces, graph) if self.mesh else forces
+                self.results["forces"] = forces.double().cpu().numpy()

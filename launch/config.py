@@ -2,8 +2,8 @@
 
     config = load_config(Path("run.yaml"), ["optim.lr_initial=1e-4", "model.preset=gemnet-dt"])
 
-Model keys carry the names published with GemNet, so the model block of an OC20 YAML can be pasted in. DeepSpeed's own
-settings are not spelt again here: `parallel.deepspeed` refers to DeepSpeed's JSON.
+Model keys carry the names published with GemNet and DimeNet++, so the model block of an OC20 YAML can be pasted in.
+DeepSpeed's own settings are not spelt again here: `parallel.deepspeed` refers to DeepSpeed's JSON.
 """
 
 from __future__ import annotations
@@ -110,15 +110,16 @@ class CircularBasis(_Section):
 class ModelConfig(_Section):
     """`model`: a preset, hyperparameters, or a preset with some of its hyperparameters replaced.
 
-    What is not given is None here and takes the preset's or GemNet's value when the model is built.
+    What is not given is None here and takes the preset's or the architecture's value when the model is built; where the
+    two architectures differ, the defaults below are GemNet's and DimeNet++'s.
     """
 
     preset: str | None = Field(default=None, description="name of published sizes, such as gemnet-dt")
-    name: Literal["gemnet_t"] = Field(
-        default="gemnet_t", description="architecture; OC20's gp_gemnet_t is the same one"
+    name: Literal["gemnet_t", "dimenetplusplus"] | None = Field(
+        default=None, description="architecture, where neither preset nor sizes say it; OC20's gp_gemnet_t is gemnet_t"
     )
     num_spherical: Size | None = Field(default=None, description="angular basis functions; 7")
-    num_radial: Size | None = Field(default=None, description="radial basis functions; 128")
+    num_radial: Size | None = Field(default=None, description="radial basis functions; 128 or 6")
     num_blocks: Size | None = Field(default=None, description="interaction blocks")
     emb_size_atom: Size | None = Field(default=None, description="width of atom features")
     emb_size_edge: Size | None = Field(default=None, description="width of edge features")
@@ -134,13 +135,27 @@ class ModelConfig(_Section):
     num_after_skip: Size | None = Field(default=None, description="residual layers after the first skip connection; 2")
     num_concat: Size | None = Field(default=None, description="residual layers after the atoms entered the edges; 1")
     num_atom: Size | None = Field(default=None, description="residual layers of atom features; 3")
-    num_elements: Size | None = Field(default=None, description="atomic numbers 1..num_elements can be embedded; 83")
+    hidden_channels: Size | None = Field(default=None, description="DimeNet++: width of messages")
+    out_emb_channels: Size | None = Field(default=None, description="DimeNet++: width of atom features")
+    int_emb_size: Size | None = Field(default=None, description="DimeNet++: width within the triplet sum; 64")
+    basis_emb_size: Size | None = Field(default=None, description="DimeNet++: width of the embedded bases; 8")
+    num_output_layers: Size | None = Field(default=None, description="DimeNet++: layers of atom features; 3")
+    angles: Literal["exact", "detached"] | None = Field(
+        default=None,
+        description="DimeNet++: detached leaves angles out of forces, as OC20's public code does; exact",
+    )
+    forces: Literal["direct", "conservative", "none"] | None = Field(
+        default=None, description="own head, gradient of the energy, or energies alone; direct or conservative"
+    )
+    num_elements: Size | None = Field(
+        default=None, description="atomic numbers 1..num_elements can be embedded; 83 or 94"
+    )
     cutoff: Positive | None = Field(default=None, description="neighbours are nearer than this, A; 6.0")
     max_neighbors: Size | None = Field(
         default=None, description="nearest neighbours kept for each atom, null for all; 50"
     )
-    symmetrize: Literal["union", "oc20"] | None = Field(
-        default=None, description="how directed edges are paired; union"
+    symmetrize: Literal["union", "oc20", "none"] | None = Field(
+        default=None, description="how directed edges are paired; union or none"
     )
     rbf: Annotated[RadialBasis, BeforeValidator(_by_name)] | None = Field(
         default=None, description="radial basis; gaussian"
@@ -155,18 +170,24 @@ class ModelConfig(_Section):
     triplet_form: Literal["auto", "harmonic", "block"] | None = Field(
         default=None, description="form of triplet sums; auto"
     )
-    activation: Literal["silu"] = Field(default="silu", description="activation function; GemNet's scaled SiLU")
+    activation: Literal["silu"] = Field(default="silu", description="activation function; GemNet scales it")
     otf_graph: Flag = Field(
         default=True, description="accepted from OC20's YAMLs; graphs are always built while reading"
     )
     use_pbc: Flag = Field(default=True, description="accepted from OC20's YAMLs; each structure says what is periodic")
-    regress_forces: Flag = Field(default=True, description="predict forces")
-    direct_forces: Flag = Field(default=True, description="predict forces by their own head, not as a gradient")
+    regress_forces: Flag | None = Field(default=None, description="OC20's name: false is forces: none")
+    direct_forces: Flag | None = Field(
+        default=None, description="OC20's name: true is forces: direct, false forces: conservative"
+    )
     scale_file: None = Field(default=None, description="null; scale factors are fitted before training")
 
     def hyperparameters(self) -> dict[str, Any]:
-        """What was given, under the names of `egnscale.models.GemNetConfig`; the preset is not among it."""
+        """What was given, under the names of the models' configurations; preset and architecture are not among it."""
         values = {name: getattr(self, name) for name in sorted(self.model_fields_set - _NOT_HYPERPARAMETERS)}
+        if self.regress_forces is False:
+            values["forces"] = "none"
+        elif self.direct_forces is not None:
+            values["forces"] = "direct" if self.direct_forces else "conservative"
         if "rbf" in values:
             values["rbf"] = values["rbf"].name
         if "envelope" in values:
@@ -183,10 +204,6 @@ class ModelConfig(_Section):
             return "gemnet_t"
         if name == "scale_file" and value is not None:
             raise ValueError("scale factors are fitted in-process before training and stored in the checkpoint")
-        if name == "direct_forces" and value is False:
-            raise ValueError("conservative forces are not available for gemnet_t in this version")
-        if name == "regress_forces" and value is False:
-            raise ValueError("models without forces are not available in this version")
         if name == "use_pbc" and value is False:
             raise ValueError("each structure says itself along which axes it is periodic (pbc)")
         if name == "activation" and value != "silu":
@@ -194,6 +211,13 @@ class ModelConfig(_Section):
         if name == "cbf" and (value.get("name") if isinstance(value, dict) else value) == "gaussian":
             raise ValueError("triplet sums without triplets need spherical_harmonics")
         return value
+
+    @model_validator(mode="after")
+    def _one_kind_of_forces(self) -> ModelConfig:
+        given = self.forces
+        if given and self.hyperparameters()["forces"] != given:
+            raise ValueError(f"forces is {given}, but regress_forces or direct_forces says otherwise; give one of them")
+        return self
 
 
 #: Keys of `model` that no model takes: they choose it, or have the one value that is supported.

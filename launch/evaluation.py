@@ -45,6 +45,7 @@ def evaluate_s2ef(
         prediction = normalizer.physical(predict(graph))
         if not bad:
             bad = ", ".join(non_finite(prediction, graph, batch)[:3])
+        assert prediction.forces is not None
         assert batch.energy is not None
         assert batch.forces is not None
         free = ~batch.fixed if free_atoms_only else torch.ones_like(batch.fixed)
@@ -61,6 +62,8 @@ def evaluate_s2ef(
 
 def non_finite(prediction: Prediction, graph: ExtendedGraph, batch: AtomBatch) -> list[str]:
     """Names of the structures whose prediction is NaN or infinite. Collective over ranks that share a graph."""
-    rows = ~torch.isfinite(prediction.forces).all(dim=-1, keepdim=True)
-    bad = ~torch.isfinite(prediction.energy) | (graph.partition.total(rows.double())[:, 0] > 0)
+    bad = ~torch.isfinite(prediction.energy)
+    if prediction.forces is not None:
+        rows = ~torch.isfinite(prediction.forces).all(dim=-1, keepdim=True)
+        bad |= graph.partition.total(rows.double())[:, 0] > 0
     return [batch.names[index] for index in torch.nonzero(bad).flatten().tolist()]

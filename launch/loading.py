@@ -14,14 +14,19 @@ from egnscale.data.neighbors import GraphSpec
 from egnscale.data.sample import Sample
 from egnscale.data.sampler import BalancedBatchSampler
 from egnscale.data.store import Store
-from egnscale.models import ExtendedGraph, GemNetConfig
+from egnscale.models import AtomModelConfig, ExtendedGraph
 from egnscale.scaling.layout import Mesh
 from egnscale.scaling.partition import partition_by_owner
 
 
-def graph_spec(config: GemNetConfig) -> GraphSpec:
+def graph_spec(config: AtomModelConfig) -> GraphSpec:
     """The graph that a model was made for."""
-    return GraphSpec(config.cutoff, config.max_neighbors, config.symmetrize)  # type: ignore[arg-type]
+    return GraphSpec(
+        config.cutoff,
+        config.max_neighbors,
+        config.symmetrize,  # type: ignore[arg-type]
+        leaving=config.gathers_at_source,
+    )
 
 
 def open_labelled(path: str | Path, num_elements: int) -> Store:
@@ -69,7 +74,7 @@ class PartCollate:
 def make_loader(
     store: Store,
     sampler: BalancedBatchSampler,
-    model: GemNetConfig,
+    model: AtomModelConfig,
     mesh: Mesh,
     workers: int = 0,
 ) -> DataLoader:

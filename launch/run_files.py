@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from egnscale.launch.tasks import Normalizer
-from egnscale.models import GemNetConfig, GemNetT, model_config
+from egnscale.models import AtomModel, AtomModelConfig, build_model, model_config
 from egnscale.scaling.checkpoint import find_checkpoint, verify_checkpoint
 
 WEIGHTS = "model.safetensors"
@@ -30,18 +30,18 @@ FORMAT = 1
 class TrainedModel:
     """A model ready for use, in fp32 on the CPU."""
 
-    model: GemNetT
+    model: AtomModel
     normalizer: Normalizer
     run: dict[str, Any]  #: the checkpoint's run.json
     path: Path
 
 
-def run_record(model: GemNetConfig, normalizer: Normalizer, **state: Any) -> dict[str, Any]:
+def run_record(model: AtomModelConfig, normalizer: Normalizer, **state: Any) -> dict[str, Any]:
     """The content of run.json."""
     return {
         "format": FORMAT,
         "versions": {name: version(name) for name in ("egnscale", "torch", "deepspeed")},
-        "model": asdict(model),
+        "model": {"name": model.name, **asdict(model)},
         "normalizer": asdict(normalizer),
         **state,
     }
@@ -89,6 +89,18 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
     return run
 
 
+def recorded_model(run: dict[str, Any], checkpoint: Path) -> AtomModelConfig:
+    """The configuration of the model that a run.json describes.
+
+    Raises:
+        ValueError: if it describes none.
+    """
+    try:
+        return model_config(**run["model"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint / RUN} is incomplete: {error}") from None
+
+
 def load_weights(model: torch.nn.Module, path: Path) -> None:
     """Load a model's parameters and scale factors.
 
@@ -118,10 +130,11 @@ def load_trained(path: str | Path) -> TrainedModel:
     checkpoint = find_checkpoint(Path(path))
     verify_checkpoint(checkpoint)
     run = read_run(checkpoint)
+    config = recorded_model(run, checkpoint)
     try:
-        config, normalizer = model_config(**run["model"]), Normalizer(**run["normalizer"])
+        normalizer = Normalizer(**run["normalizer"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{checkpoint / RUN} is incomplete: {error}") from None
-    model = GemNetT(config)
+    model = build_model(config)
     load_weights(model, checkpoint / WEIGHTS)
     return TrainedModel(model.eval(), normalizer, run, checkpoint)

@@ -40,9 +40,8 @@ class Normalizer:
 
     def physical(self, prediction: Prediction) -> Prediction:
         """Normalised -> eV (float64) and eV/A."""
-        return Prediction(
-            prediction.energy.double() * self.energy_std + self.energy_mean, prediction.forces * self.force_std
-        )
+        forces = None if prediction.forces is None else prediction.forces * self.force_std
+        return Prediction(prediction.energy.double() * self.energy_std + self.energy_mean, forces)
 
 
 class S2EF(nn.Module):
@@ -76,6 +75,7 @@ class S2EF(nn.Module):
     def forward(self, graph: ExtendedGraph, batch: AtomBatch, counts: Tensor) -> tuple[Tensor, Prediction]:
         """The loss of a labelled batch, and the (detached, normalised) prediction."""
         prediction = self.model(graph)
+        assert prediction.forces is not None
         assert batch.energy is not None
         assert batch.forces is not None
         scale = self.normalizer

@@ -25,11 +25,19 @@ from egnscale.launch.config import RunConfig
 from egnscale.launch.evaluation import evaluate_s2ef, non_finite
 from egnscale.launch.loading import make_loader, open_labelled, sizes_for_balance, validation_splits
 from egnscale.launch.reporting import RunLog, TrainingProgress, plot_training
-from egnscale.launch.run_files import RUN, WEIGHTS, read_run, read_weights, run_record, save_weights
+from egnscale.launch.run_files import (
+    RUN,
+    WEIGHTS,
+    read_run,
+    read_weights,
+    recorded_model,
+    run_record,
+    save_weights,
+)
 from egnscale.launch.schedules import build_schedule
 from egnscale.launch.tasks import S2EF, Normalizer
 from egnscale.models import ExtendedGraph, Prediction, build_model, count_parameters, model_config
-from egnscale.models.scale_factors import fit_scale_factors
+from egnscale.models.scale_factors import fit_scale_factors, unfitted
 from egnscale.scaling.agreement import check_agreement, run_facts
 from egnscale.scaling.checkpoint import LATEST, find_checkpoint, save_checkpoint, verify_checkpoint, write_text
 from egnscale.scaling.collectives import added
@@ -92,7 +100,8 @@ class Trainer:
         self.best: dict[str, float] = {}
         self.evaluations: dict[str, dict[str, float]] = {}
 
-        self.model_config = model_config(config.model.preset, **config.model.hyperparameters())
+        self.model_config = model_config(config.model.preset, name=config.model.name, **config.model.hyperparameters())
+        self._check_combination()
         self.train_store = open_labelled(config.data.train, self.model_config.num_elements)
         self.val_stores = {
             name: open_labelled(path, self.model_config.num_elements) for name, path in self._val_splits().items()
@@ -134,6 +143,16 @@ class Trainer:
 
     # Setting up
 
+    def _check_combination(self) -> None:
+        forces, name = self.model_config.forces, self.config.task.name
+        if forces == "conservative" and self.config.parallel.zero == 3:
+            raise ValueError(
+                "ZeRO-3 cannot train conservative forces: DeepSpeed has given parameters back when the second "
+                "derivative needs them; set parallel.zero to 0, 1 or 2"
+            )
+        if forces == "none" and name == "s2ef":
+            raise ValueError("task s2ef trains forces, and model.forces is none; choose direct or conservative")
+
     def _make_directory(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         write_text(self.directory / "config.yaml", self.config.to_yaml())
@@ -149,11 +168,12 @@ class Trainer:
         checkpoint = find_checkpoint(self.checkpoints)
         once(lambda: verify_checkpoint(checkpoint))
         run = read_run(checkpoint)
-        for name, value in asdict(self.model_config).items():
-            if run["model"].get(name) != value:
+        was = recorded_model(run, checkpoint)
+        for name in ("name", *asdict(self.model_config)):
+            before, value = getattr(was, name, None), getattr(self.model_config, name)
+            if before != value:
                 raise ValueError(
-                    f"cannot resume {checkpoint}: model.{name} was {run['model'].get(name)}, "
-                    f"the configuration says {value}"
+                    f"cannot resume {checkpoint}: model.{name} was {before}, the configuration says {value}"
                 )
         then, now = run["layout"], self._layout()
         batch, replicas = then["global_batch"], self.mesh.layout.data
@@ -207,6 +227,11 @@ class Trainer:
         given = self.config.task.normalizer
         if given == "auto":
             return Normalizer.from_statistics(self.train_store.metadata["statistics"])
+        if self.model_config.forces == "conservative" and given.force_std != given.energy_std:
+            raise ValueError(
+                f"task.normalizer: energy_std is {given.energy_std} and force_std {given.force_std}; conservative "
+                "forces are the gradient of the energy, so both must be the same"
+            )
         return Normalizer(given.energy_mean, given.energy_std, given.force_std)
 
     def _sampler(self, store: Any, batch_size: int, *, shuffle: bool) -> BalancedBatchSampler:
@@ -242,6 +267,8 @@ class Trainer:
         )
 
     def _fit_scale_factors(self) -> None:
+        if not unfitted(self.objective.model):
+            return
         loader = self._loader(self.train_store, self.sampler, workers=0)
         batches = islice(loader, max(1, SCALE_FACTOR_BATCHES // self.mesh.layout.data))
         graphs = [self.mesh.place(graph) for graph, _ in batches]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from egnscale.models.basis import GaussianBasis, polynomial_envelope
-from egnscale.models.gemnet import Prediction
+from egnscale.models.forces import Prediction
 from egnscale.models.graph import ExtendedGraph, Pending, Triplets
 from egnscale.models.harmonics import circular_harmonics
 from egnscale.models.layers import INV_SQRT_2, Dense

@@ -1,4 +1,4 @@
-"""GemNet-T with direct forces (GemNet-dT), as an Extended Graph Network.
+"""GemNet-T, with direct forces (GemNet-dT) or conservative ones, as an Extended Graph Network.
 
 What is notable:
 * Edges carry most of the features; two edges into the same atom form a triplet. Angles enter through `triplet_sum`,
@@ -15,12 +15,13 @@ Shapes: V atoms, E edges, B systems; A, D, T, O the sizes emb_size_{atom, edge, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from egnscale.models.basis import RADIAL_BASES
+from egnscale.models.forces import Forces, Prediction, conservative
 from egnscale.models.graph import ExtendedGraph, Pending
 from egnscale.models.layers import INV_SQRT_2, Dense, ScaleFactor, he_orthogonal_, residuals, scaled_silu
 from egnscale.models.segments import segment_sum_backend
@@ -30,6 +31,9 @@ from egnscale.models.triplets import AngularBasis, TripletForm, angular_basis, b
 @dataclass(frozen=True, kw_only=True)
 class GemNetConfig:
     """Hyperparameters, under their published names."""
+
+    name: ClassVar[str] = "gemnet_t"
+    gathers_at_source: ClassVar[bool] = False
 
     num_blocks: int
     emb_size_atom: int
@@ -50,10 +54,17 @@ class GemNetConfig:
     symmetrize: str = "union"
     rbf: str = "gaussian"
     envelope_exponent: int = 5
+    forces: Forces = "direct"
     extensive: bool = True  #: energy is the sum over atoms; else their mean
     output_init: str = "HeOrthogonal"  #: or "zeros"
     segment_sum: str = "native"  #: or "torch_scatter"
     triplet_form: TripletForm = "auto"
+
+    def __post_init__(self) -> None:
+        if self.forces not in ("direct", "conservative", "none"):
+            raise ValueError(f"forces is {self.forces!r}; choose direct, conservative or none")
+        if self.symmetrize not in ("union", "oc20"):
+            raise ValueError(f"symmetrize is {self.symmetrize!r}; GemNet needs every edge's reverse: union or oc20")
 
 
 class Geometry(NamedTuple):
@@ -79,16 +90,9 @@ class State(NamedTuple):
     h: Tensor  #: (V, A) atom features
     m: Tensor  #: (E, D) edge features
     energy: Tensor  #: (V, 1) energy of each atom so far, normalised
-    force: Tensor  #: (E, 1) force along each edge so far, normalised
+    force: Tensor | None  #: (E, 1) force along each edge so far, normalised; None where forces are not direct
     basis: EdgeBasis
     geometry: Geometry
-
-
-class Prediction(NamedTuple):
-    """Energies and forces, in normalised units."""
-
-    energy: Tensor  #: (B,)
-    forces: Tensor  #: (V, 3)
 
 
 class AtomSum(nn.Module):
@@ -96,7 +100,7 @@ class AtomSum(nn.Module):
 
     def __init__(self, config: GemNetConfig) -> None:
         super().__init__()
-        self.segment_sum = segment_sum_backend(config.segment_sum)
+        self.segment_sum = segment_sum_backend(config.segment_sum, conservative=config.forces == "conservative")
         self.dense_rbf = Dense(config.emb_size_rbf, config.emb_size_edge)
         self.scale_sum = ScaleFactor()
         self.layers = nn.Sequential(
@@ -134,24 +138,26 @@ class ForceHead(nn.Module):
 
 
 class OutputBlock(nn.Module):
-    """Adds one contribution to the energies of atoms and to the forces along edges."""
+    """Adds one contribution to the energies of atoms and, where they are direct, to the forces along edges."""
 
     def __init__(self, config: GemNetConfig) -> None:
         super().__init__()
         self.atom_sum = AtomSum(config)
         self.out_energy = Dense(config.emb_size_atom, 1)
-        self.force = ForceHead(config)
+        self.force = ForceHead(config) if config.forces == "direct" else None
         if config.output_init == "zeros":
-            for head in (self.out_energy, self.force.out):
-                nn.init.zeros_(head.weight)
+            nn.init.zeros_(self.out_energy.weight)
+            if self.force is not None:
+                nn.init.zeros_(self.force.out.weight)
 
     def forward(self, state: State, graph: ExtendedGraph) -> State:
         m, rbf = state.m, state.basis.rbf_out
         energy = self.out_energy(self.atom_sum(m, rbf, graph))  # EdgeAggr, NodeUpdate
+        state = state._replace(energy=state.energy + energy.to(state.energy.dtype))
+        if self.force is None or state.force is None:
+            return state
         force = self.force(m, rbf)  # of edges; `Readout` sums them into atoms
-        return state._replace(
-            energy=state.energy + energy.to(state.energy.dtype), force=state.force + force.to(state.force.dtype)
-        )
+        return state._replace(force=state.force + force.to(state.force.dtype))
 
 
 class EdgeEmbedding(nn.Module):
@@ -274,7 +280,7 @@ class Embedding(nn.Module):
             h=h,
             m=self.edge_embedding(h, rbf, graph),
             energy=rbf.new_zeros(graph.num_atoms, 1),
-            force=rbf.new_zeros(graph.num_edges, 1),
+            force=None if self.output.force is None else rbf.new_zeros(graph.num_edges, 1),
             basis=basis,
             geometry=geometry,
         )
@@ -304,23 +310,31 @@ class Block(nn.Module):
 
 
 class Readout(nn.Module):
-    """Last layer: energies of systems and forces on atoms."""
+    """Last layer: energies of systems and, where they are direct, forces on atoms."""
 
     def __init__(self, config: GemNetConfig) -> None:
         super().__init__()
         self.extensive = config.extensive
-        self.segment_sum = segment_sum_backend(config.segment_sum)
+        self.segment_sum = segment_sum_backend(config.segment_sum, conservative=config.forces == "conservative")
 
     def forward(self, state: State, graph: ExtendedGraph) -> Prediction:
-        energy = graph.partition.total(state.energy)  # NodeAggr; u is the energy, so GlobalUpdate is nothing more
-        if not self.extensive:
-            energy = energy / graph.partition.total(torch.ones_like(state.energy))
+        # NodeAggr; u is the energy, so GlobalUpdate is nothing more
+        energy = graph.partition.total(self.atom_energies(state, graph)).squeeze(-1)
+        if state.force is None:
+            return Prediction(energy, None)
         forces = graph.partition.aggregate(state.force * state.geometry.direction, self.segment_sum)  # EdgeAggr
-        return Prediction(energy.squeeze(-1), forces)
+        return Prediction(energy, forces)
+
+    def atom_energies(self, state: State, graph: ExtendedGraph) -> Tensor:
+        """(V, 1) what each atom adds to the energy of its system."""
+        if self.extensive:
+            return state.energy
+        atoms = graph.partition.total(torch.ones_like(state.energy))
+        return state.energy / atoms.index_select(0, graph.system)
 
 
 class GemNetT(nn.Module):
-    """GemNet-T with direct forces: `model(graph) -> Prediction`."""
+    """GemNet-T: `model(graph) -> Prediction`, with the kind of forces that its configuration says."""
 
     def __init__(self, config: GemNetConfig) -> None:
         super().__init__()
@@ -335,7 +349,17 @@ class GemNetT(nn.Module):
         return [self.embedding, *self.blocks, self.readout]
 
     def forward(self, graph: ExtendedGraph) -> Prediction:
+        if self.config.forces == "conservative":
+            return conservative(self.atom_energies, graph)
+        return self.readout(self.state(graph), graph)
+
+    def state(self, graph: ExtendedGraph) -> State:
+        """What the readout sees."""
         state = self.embedding(graph)
         for block in self.blocks:
             state = block(state, graph)
-        return self.readout(state, graph)
+        return state
+
+    def atom_energies(self, graph: ExtendedGraph) -> Tensor:
+        """(V, 1) what each atom adds to the energy of its system, normalised."""
+        return self.readout.atom_energies(self.state(graph), graph)

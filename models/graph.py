@@ -76,11 +76,12 @@ class EdgeBuckets(NamedTuple):
     slots: Tensor  #: (R,) int64, the edge in each row
     rows: Tensor  #: (E,) int64, the row of each edge
     mask: Tensor  #: (R,) bool, False in padding rows
+    atoms: Tensor  #: (sum of n,) int64, the atom of each batch item; atoms without edges are in no bucket
     shapes: tuple[tuple[int, int], ...]  #: (n, d) of each bucket; sum of n * d is R
 
     @classmethod
     def build(cls, degree: Tensor, multiple: int = 8) -> EdgeBuckets:
-        """Arrange edges that are sorted by target.
+        """Arrange edges that are sorted by their atom (the target; or the source, of leaving edges).
 
         Args:
             degree: (V,) int64, number of edges of each atom.
@@ -88,7 +89,7 @@ class EdgeBuckets(NamedTuple):
         """
         start = torch.cumsum(degree, 0) - degree
         width = (degree + multiple - 1) // multiple * multiple
-        slots, masks, shapes = [], [], []
+        slots, masks, members, shapes = [], [], [], []
         # Without any edge: one bucket of no atoms, so that every layer still runs.
         for d in torch.unique(width[width > 0]).tolist() or [multiple]:
             atoms = torch.nonzero(width == d).flatten()
@@ -96,11 +97,12 @@ class EdgeBuckets(NamedTuple):
             real = column < degree[atoms, None]
             slots.append((start[atoms, None] + torch.where(real, column, 0)).flatten())
             masks.append(real.flatten())
+            members.append(atoms)
             shapes.append((len(atoms), d))
         slot, mask = torch.cat(slots), torch.cat(masks)
         rows = torch.empty(int(degree.sum()), dtype=torch.int64)
         rows[slot[mask]] = torch.nonzero(mask).flatten()
-        return cls(slot, rows, mask, tuple(shapes))
+        return cls(slot, rows, mask, torch.cat(members), tuple(shapes))
 
     def pad(self, x: Tensor) -> Tensor:
         """(E, F) -> (R, F)."""
@@ -116,7 +118,7 @@ class EdgeBuckets(NamedTuple):
         return [part.view(n, d, *x.shape[1:]) for part, (n, d) in zip(x.split(sizes), self.shapes, strict=True)]
 
     def map(self, change: Change) -> EdgeBuckets:
-        return EdgeBuckets(change(self.slots), change(self.rows), change(self.mask), self.shapes)
+        return EdgeBuckets(change(self.slots), change(self.rows), change(self.mask), change(self.atoms), self.shapes)
 
 
 class Triplets(NamedTuple):
@@ -150,17 +152,33 @@ class LeavingEdges(NamedTuple):
     source: Tensor  #: (L,) int64, ascending
     order: Tensor  #: (L,) int64, for each leaving edge its row among the entering ones, or E and up: another process's
     rows: Tensor  #: (E,) int64, for each entering edge its row among the leaving ones, or L and up
+    back: Tensor  #: (L,) int64, for each leaving edge the row of its reverse among the entering ones; -1: there is none
+    forth: Tensor  #: (E,) int64, for each entering edge the row of its reverse among the leaving ones; likewise
+    buckets: EdgeBuckets  #: of leaving edges
 
     @classmethod
-    def build(cls, source: Tensor) -> LeavingEdges:
-        """Those of a whole graph."""
+    def build(cls, source: Tensor, reverse: Tensor, num_atoms: int) -> LeavingEdges:
+        """Those of a whole graph: of `source` (E,) and `reverse` (E,) as `ExtendedGraph` has them."""
         order = torch.argsort(source, stable=True)
         rows = torch.empty_like(order)
         rows[order] = torch.arange(len(order))
-        return cls(source[order], order, rows)
+        back = reverse[order]
+        forth = torch.where(reverse < 0, -1, rows[reverse]) if len(rows) else rows
+        degree = torch.bincount(source, minlength=num_atoms)
+        return cls(source[order], order, rows, back, forth, EdgeBuckets.build(degree))
+
+    def turned(self, x: Tensor) -> Tensor:
+        """(E, F) rows of entering edges -> (L, F), of each leaving edge's reverse; zero where there is none."""
+        if not len(self.back) or not len(self.forth):
+            return x.new_zeros(len(self.back), x.shape[1])
+        # `take_rows` knows no missing rows: they stand as row 0, and weigh nothing at either end.
+        missing_there, missing_here = (rows[:, None] < 0 for rows in (self.forth, self.back))
+        taken = take_rows(x.masked_fill(missing_there, 0), self.back.clamp(min=0), self.forth.clamp(min=0))
+        return taken.masked_fill(missing_here, 0)
 
     def map(self, change: Change) -> LeavingEdges:
-        return LeavingEdges(*map(change, self))
+        source, order, rows, back, forth = map(change, (self.source, self.order, self.rows, self.back, self.forth))
+        return LeavingEdges(source, order, rows, back, forth, self.buckets.map(change))
 
 
 class Pending(Protocol):

@@ -1,7 +1,8 @@
-"""The small parts that GemNet is built of: Dense, Residual, ScaleFactor and their initialisation.
+"""The small parts that models are built of, and their initialisation.
 
-Source: Gasteiger, Becker, Guennemann, "GemNet: Universal Directional Graph Neural Networks for Molecules"
-(NeurIPS 2021).
+GemNet's Dense, Residual and ScaleFactor: Gasteiger, Becker, Guennemann, "GemNet: Universal Directional Graph Neural
+Networks for Molecules" (NeurIPS 2021). DimeNet++'s Linear and BiasedResidual: Gasteiger, Giri, Margraf, Guennemann,
+"Fast and Uncertainty-Aware Directional Message Passing for Non-Equilibrium Molecules" (2020).
 """
 
 from __future__ import annotations
@@ -108,3 +109,56 @@ class ScaleFactor(nn.Module):
     def alpha(self) -> Tensor:
         """() the factor in force: one where none is fitted. Without a branch, so that no device is waited for."""
         return torch.where(self.scale_factor == 0, torch.ones_like(self.scale_factor), self.scale_factor)
+
+
+@torch.no_grad()
+def glorot_orthogonal_(weight: Tensor, scale: float = 2.0) -> Tensor:
+    """Initialise (out, in) in place: random (semi-)orthogonal, of variance scale / (in + out). Nothing on meta."""
+    if weight.is_meta:
+        return weight
+    nn.init.orthogonal_(weight)
+    return weight.mul_((scale / (sum(weight.shape) * weight.var().clamp(min=1e-12))).sqrt())
+
+
+class Linear(nn.Module):
+    """y = act(x W^T + b), with the plain SiLU where it is activated. (N, in) -> (N, out).
+
+    The product runs in the weight's precision.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = True, activation: bool = False, glorot: bool = True
+    ) -> None:
+        """`glorot`: initialise orthogonally with zero bias; otherwise uniformly, as `torch.nn.Linear` does."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.activation = activation
+        if glorot:
+            glorot_orthogonal_(self.weight)
+        elif not self.weight.is_meta:
+            limit = in_features**-0.5
+            nn.init.uniform_(self.weight, -limit, limit)
+            if self.bias is not None:
+                nn.init.uniform_(self.bias, -limit, limit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.weight.dtype)
+        y = x @ self.weight.t() if self.bias is None else torch.addmm(self.bias, x, self.weight.t())
+        return silu(y) if self.activation else y
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.weight.shape
+        return f"{in_features} -> {out_features}{', silu' if self.activation else ''}"
+
+
+class BiasedResidual(nn.Module):
+    """x + Linear(Linear(x)), both activated. (N, F) -> (N, F)."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.lin1 = Linear(features, features, activation=True)
+        self.lin2 = Linear(features, features, activation=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.lin2(self.lin1(x))

@@ -14,18 +14,21 @@ need none:
 
 Which one is faster depends on d alone; see `HARMONIC_ABOVE`.
 
+DimeNet++ sums over paths k -> j -> i instead: over the edges b into the atom that an edge c *leaves*, except c's own
+reverse. There only the harmonic form is needed (`path_sum`).
+
 E edges, S num_spherical, F features; n atoms of degree <= d in a bucket (`EdgeBuckets`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from egnscale.models.graph import EdgeBuckets
+from egnscale.models.graph import EdgeBuckets, ExtendedGraph
 from egnscale.models.harmonics import circular_harmonics, circular_norm, spherical_harmonics
 
 TripletForm = Literal["auto", "harmonic", "block"]
@@ -99,4 +102,66 @@ def bilinear(sums: Tensor, radial: Tensor, weight: Tensor) -> Tensor:
     return mixed.reshape(-1, inner * features) @ weight.transpose(0, 1).reshape(inner * features, out)
 
 
-__all__ = ["AngularBasis", "TripletForm", "angular_basis", "bilinear", "triplet_sum"]
+class PathHarmonics(NamedTuple):
+    """Y_lm of edges by both of their atoms, a tensor for each bucket; zero in padding rows."""
+
+    entering: tuple[Tensor, ...]  #: (n, S * S, d)
+    leaving: tuple[Tensor, ...]  #: (n, d, S * S)
+
+
+def path_harmonics(direction: Tensor, graph: ExtendedGraph, num_spherical: int) -> PathHarmonics:
+    """Angular factors of paths. `direction` is (E, 3), the unit vector of each edge from source to target."""
+    assert graph.leaving is not None, "the graph was built without leaving edges"
+    both = torch.cat([direction, graph.partition.to_sources(direction).wait()])
+    entering, leaving = spherical_harmonics(both, num_spherical).split([graph.num_edges, len(graph.leaving.order)])
+
+    def split(harmonics: Tensor, buckets: EdgeBuckets) -> list[Tensor]:
+        return buckets.split(buckets.pad(harmonics) * buckets.mask[:, None])
+
+    return PathHarmonics(
+        tuple(y.transpose(1, 2) for y in split(entering, graph.buckets)),
+        tuple(split(leaving, graph.leaving.buckets)),
+    )
+
+
+def path_sum(x: Tensor, angular: PathHarmonics, graph: ExtendedGraph) -> Tensor:
+    """S[c, f] = sum over l, and over edges b into the source of c but its reverse, of y_l(angle) x[l, b, f].
+
+    The angle is that between the directions of b and c: zero where the path goes straight on.
+
+    Args:
+        x: (S, E, F) features of entering edges, for each degree.
+
+    Returns:
+        (L, F), for leaving edges.
+    """
+    assert graph.leaving is not None, "the graph was built without leaving edges"
+    norms = [circular_norm(l) for l in range(len(x))]
+    at_atoms = []
+    widths = [2 * l + 1 for l in range(len(x))]
+    padded = [graph.buckets.split(graph.buckets.pad(of_degree)) for of_degree in x.unbind(0)]
+    for bucket, harmonics in enumerate(angular.entering):
+        rows = zip(harmonics.split(widths, dim=1), padded, norms, strict=True)
+        at_atoms.append(torch.cat([(y @ of_degree[bucket].to(y.dtype)) / norm for y, of_degree, norm in rows], dim=1))
+    summed = torch.cat(at_atoms)
+    whole = summed.new_zeros(graph.num_atoms, *summed.shape[1:]).index_copy(0, graph.buckets.atoms, summed)
+    leaving = graph.leaving.buckets
+    sizes = [n for n, _ in leaving.shapes]
+    atoms = whole.index_select(0, leaving.atoms).split(sizes)
+    sums = torch.cat([(y @ atom).flatten(0, 1) for y, atom in zip(angular.leaving, atoms, strict=True)])
+    # The reverse edge lies at 180 degrees, where P_l is (-1)^l.
+    at_reverse = x.new_tensor([norm * (-1) ** l for l, norm in enumerate(norms)])
+    own = torch.tensordot(at_reverse, x, dims=1)
+    return leaving.unpad(sums) - graph.leaving.turned(own)
+
+
+__all__ = [
+    "AngularBasis",
+    "PathHarmonics",
+    "TripletForm",
+    "angular_basis",
+    "bilinear",
+    "path_harmonics",
+    "path_sum",
+    "triplet_sum",
+]

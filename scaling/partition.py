@@ -203,7 +203,7 @@ def partition_by_owner(
     if graph.leaving is not None:
         left = torch.nonzero(owner[source] == part).flatten()
         left = left[torch.argsort(position[source[left]], stable=True)]
-        leaving, out, back = _leaving(mine, left, owner, position[source[left]] - first, graph, part, parts)
+        leaving, out, back = _leaving(mine, left, owner, position[source[left]] - first, graph, len(atoms), part, parts)
 
     exchange = OwnerExchange(
         order=order,
@@ -233,7 +233,14 @@ def partition_by_owner(
 
 
 def _leaving(
-    mine: Tensor, left: Tensor, owner: Tensor, source: Tensor, graph: ExtendedGraph, part: int, parts: int
+    mine: Tensor,
+    left: Tensor,
+    owner: Tensor,
+    source: Tensor,
+    graph: ExtendedGraph,
+    num_atoms: int,
+    part: int,
+    parts: int,
 ) -> tuple[LeavingEdges, Route, Route]:
     """Leaving edges of a part, and the routes between leaving and entering rows.
 
@@ -241,6 +248,7 @@ def _leaving(
         mine, left: (E,), (L,) int64, the edges that enter and leave this part's atoms, as the whole graph numbers them.
         owner: (N,) int64, the part of each atom.
         source: (L,) int64, the row of each leaving edge's source.
+        num_atoms: of this part.
     """
 
     def rows(edges: Tensor, others: Tensor, end: Tensor) -> tuple[Tensor, Route]:
@@ -258,7 +266,16 @@ def _leaving(
     leaving_rows, out = rows(left, mine, graph.target)
     # What one way is sent, the other way is received.
     out, back = out._replace(received=back.sent), back._replace(received=out.sent)
-    return LeavingEdges(source, leaving_rows, entering_rows), out, back
+
+    def turned(edges: Tensor, others: Tensor) -> Tensor:
+        """For each of `edges` the row of its reverse in `others`, which hold it if there is one; or -1."""
+        at = torch.full((graph.num_edges + 1,), -1)  # the last entry stands for no edge
+        at[others] = torch.arange(len(others))
+        return at[graph.reverse[edges]]
+
+    buckets = EdgeBuckets.build(torch.bincount(source, minlength=num_atoms))
+    found = LeavingEdges(source, leaving_rows, entering_rows, turned(left, mine), turned(mine, left), buckets)
+    return found, out, back
 
 
 def _no_route(parts: int) -> Route:

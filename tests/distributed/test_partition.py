@@ -55,7 +55,7 @@ def cases() -> dict[str, list[Sample]]:
 def whole_graph(samples: list[Sample]) -> ExtendedGraph:
     large = any(sample.num_atoms > 500 for sample in samples)
     graph = build_graph(samples, GraphSpec(3.0 if large else 4.0, 20), torch.float64)
-    return replace(graph, leaving=LeavingEdges.build(graph.source))
+    return replace(graph, leaving=LeavingEdges.build(graph.source, graph.reverse, graph.num_atoms))
 
 
 def one_way(graph: ExtendedGraph) -> ExtendedGraph:
@@ -63,10 +63,11 @@ def one_way(graph: ExtendedGraph) -> ExtendedGraph:
     kept = torch.randperm(graph.num_edges, generator=torch.Generator().manual_seed(1)) % 3 > 0
     row = torch.where(kept, torch.cumsum(kept, 0) - 1, -1)
     source, target = graph.source[kept], graph.target[kept]
+    reverse = row[graph.reverse[kept]]
     return replace(
-        graph, source=source, target=target, shift=graph.shift[kept], reverse=row[graph.reverse[kept]],
+        graph, source=source, target=target, shift=graph.shift[kept], reverse=reverse,
         buckets=EdgeBuckets.build(torch.bincount(target, minlength=graph.num_atoms)),
-        leaving=LeavingEdges.build(source),
+        leaving=LeavingEdges.build(source, reverse, graph.num_atoms),
     )  # fmt: skip
 
 

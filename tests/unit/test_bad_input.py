@@ -147,7 +147,13 @@ CASES: dict[str, tuple[Callable[[Path], None], Callable[[Path], list[str]], str]
     "NaN learning rate": (nothing, train("optim.lr_initial=.nan"), "lr_initial"),
     "two lengths": (nothing, train("optim.max_epochs=2"), "max_epochs"),
     "graph parallelism": (nothing, train("parallel.graph=2"), "parallel.graph"),
-    "conservative": (nothing, train("model.direct_forces=false"), "conservative"),
+    "conservative, ZeRO-3": (nothing, train("model.forces=conservative", "parallel.zero=3"), "set parallel.zero to"),
+    "conservative, two deviations": (
+        nothing,
+        train("model.forces=conservative", "task.normalizer={energy_mean: 0, energy_std: 1, force_std: 2}"),
+        "both must be the same",
+    ),
+    "no forces": (nothing, train("model.forces=none"), "task s2ef trains forces"),
     # DeepSpeed's configuration
     "no DeepSpeed JSON": (nothing, train("--deepspeed_config", "none.json"), "none.json"),
     "bad DeepSpeed JSON": (

@@ -187,7 +187,8 @@ def test_schedules_take_what_the_configuration_holds(file: Path, name: str) -> N
         ("parallel.pipe=2", "parallel.pipe is 2: values above 1 are not available in this version"),
         ("model.cbf=gaussian", "model.cbf is 'gaussian': triplet sums without triplets need spherical_harmonics"),
         ("model.cbf={name: gaussian}", "model.cbf: triplet sums without triplets need spherical_harmonics"),
-        ("model.direct_forces=false", "conservative forces are not available for gemnet_t in this version"),
+        ("model.forces=conservativ", "model.forces is 'conservativ'; expected 'direct', 'conservative' or 'none'"),
+        ("model={forces: direct, direct_forces: false}", "forces is direct, but regress_forces or direct_forces says"),
         ("model.scale_file=a.json", "model.scale_file is 'a.json': scale factors are fitted in-process"),
         # Overrides
         ("optim.batch_size", "expected section.key=value"),

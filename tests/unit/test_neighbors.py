@@ -194,7 +194,7 @@ def test_nothing_gives_an_empty_graph() -> None:
         ({"cutoff": 0.0}, "cutoff is 0.0 A; it must be positive"),
         ({"cutoff": float("nan")}, "must be positive"),
         ({"max_neighbors": 0}, "at least 1, or null for no cap"),
-        ({"symmetrize": "both"}, "choose 'union' or 'oc20'"),
+        ({"symmetrize": "both"}, "choose 'union', 'oc20' or 'none'"),
     ],
     ids=str,
 )
