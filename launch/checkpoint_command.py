@@ -1,4 +1,4 @@
-"""`egnscale checkpoint import`, `export` and `info`: exchange checkpoints with the public OC20 code, and look into them."""
+"""`egnscale checkpoint`: exchange checkpoints with the public OC20 code (import, export), look into them (info)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "make a checkpoint of egnscale from a public OC20 file of GemNet-T or DimeNet++"
     read = actions.add_parser("import", help=text, description=text)
     read.set_defaults(action_run=_import)
-    read.add_argument(
-        "file", type=Path, metavar="FILE.pt", help="checkpoint.pt, best_checkpoint.pt or a published file"
-    )
+    read.add_argument("file", type=Path, metavar="FILE.pt", help="a published file, or one of OC20's runs")
     read.add_argument("out", type=Path, metavar="OUT", help="directory of the new checkpoint; must not exist")
     read.add_argument(
         "--weights",
@@ -125,7 +123,7 @@ def _table(found: dict[str, Any]) -> Table:
 
     table = Table(box=box.SIMPLE, show_header=False, title=found["path"], title_justify="left")
     table.add_column(style="bold", no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")
 
     def row(name: str, value: Any) -> None:
         if value not in (None, {}, []):

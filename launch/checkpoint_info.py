@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from egnscale.launch.oc20_import import Oc20File, interpret, metrics, parameter_count, scale_factor_counts
-from egnscale.launch.run_files import WEIGHTS, read_run
-from egnscale.models import model_config
-from egnscale.scaling.checkpoint import find_checkpoint, verify_checkpoint
+from egnscale.launch.run_files import WEIGHTS, read_run, recorded_model
+from egnscale.scaling.checkpoint import FORMAT, find_checkpoint, verify_checkpoint
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -29,14 +29,14 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
     verify_checkpoint(path)
     run = read_run(path)
     try:
-        config = model_config(**run["model"])
+        config = recorded_model(run, path)
         evaluations = run.get("evaluations", {})
         source = run.get("source")
         origin = f"{source['file']} ({source['layout']}, sha256 {source['sha256'][:16]}...)" if source else None
         found = {
             "path": str(path),
             "kind": "checkpoint of egnscale",
-            "layout": f"format {run['format']}, written by egnscale {run['versions']['egnscale']}",
+            "layout": f"format {FORMAT}, written by egnscale {run['versions']['egnscale']}",
             "model": run["model"],
             "parameters": parameter_count(config),
             "normalizer": run["normalizer"],
@@ -94,8 +94,6 @@ def _describe_file(path: Path) -> dict[str, Any]:
         model = interpret(file)
     except ValueError as error:
         return found | {"model": {"name": file.architecture}, "problem": str(error)}
-    from dataclasses import asdict
-
     return found | {
         "model": {"name": file.architecture, **asdict(model.config)},
         "parameters": parameter_count(model.config),

@@ -1,7 +1,7 @@
 """From an egnscale checkpoint to a public OC20 one.
 
-The file has what the public code reads of a best_checkpoint.pt: weights for use (with aliases and constants, in the public
-order), configuration, normalisers, step. It holds plain data only, so `torch.load(weights_only=True)` reads it.
+The file has what the public code reads of a best_checkpoint.pt: weights for use (with aliases and constants, in the
+public order), configuration, normalisers, step. It holds plain data only: `torch.load(weights_only=True)` reads it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from egnscale.launch.oc20_settings import Config, to_public_settings
+from egnscale.launch.oc20_settings import to_public_settings
 from egnscale.launch.run_files import load_trained
 from egnscale.launch.tasks import Normalizer
-from egnscale.models import DimeNetConfig
+from egnscale.models import AtomModelConfig, DimeNetConfig
 from egnscale.models.oc20_names import to_public_names
 
 Layout = Literal["v0", "v1"]
@@ -72,7 +72,7 @@ def export_oc20(checkpoint: Path, out: Path, *, layout: Layout = "v1", prefix: s
     }
 
 
-def public_state(ours: dict[str, Tensor], config: Config, *, layout: Layout = "v1") -> dict[str, Tensor]:
+def public_state(ours: dict[str, Tensor], config: AtomModelConfig, *, layout: Layout = "v1") -> dict[str, Tensor]:
     """The public state dict of a model, with aliases and constants, in the public order."""
     named = to_public_names(ours, config.name)
     if layout == "v0":
@@ -80,14 +80,14 @@ def public_state(ours: dict[str, Tensor], config: Config, *, layout: Layout = "v
         for name, value in named.items():
             if name.endswith(".scale_factor") and value == 0:
                 named[name] = torch.ones_like(value)
-    if config.name != "gemnet_t" or config.rbf != "gaussian":  # type: ignore[union-attr]
+    if isinstance(config, DimeNetConfig) or config.rbf != "gaussian":
         return named
     centers = torch.linspace(0, 1, config.num_radial)
     names = ("radial_basis.rbf.offset", "cbf_basis3.radial_basis.rbf.offset")
     return {**{name: centers.clone() for name in names}, **named}
 
 
-def _normalizers(normalizer: Normalizer, config: Config, layout: Layout) -> dict[str, dict[str, Tensor]]:
+def _normalizers(normalizer: Normalizer, config: AtomModelConfig, layout: Layout) -> dict[str, dict[str, Tensor]]:
     # fp64, so that the numbers come back as they are.
     energy, energies, deviation = ("target", "grad_target", "std") if layout == "v0" else ("energy", "forces", "rmsd")
 
@@ -100,7 +100,9 @@ def _normalizers(normalizer: Normalizer, config: Config, layout: Layout) -> dict
     return made
 
 
-def _configuration(settings: dict[str, Any], normalizer: Normalizer, config: Config, layout: Layout) -> dict[str, Any]:
+def _configuration(
+    settings: dict[str, Any], normalizer: Normalizer, config: AtomModelConfig, layout: Layout
+) -> dict[str, Any]:
     with_forces = config.forces != "none"
     if layout == "v0":
         attributes = {name: value for name, value in settings.items() if name != "name"}
@@ -130,7 +132,7 @@ def _configuration(settings: dict[str, Any], normalizer: Normalizer, config: Con
     }
 
 
-def _differences(config: Config) -> list[str]:
+def _differences(config: AtomModelConfig) -> list[str]:
     """What makes the public code's numbers differ from ours."""
     found = []
     if isinstance(config, DimeNetConfig):

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from egnscale.launch.config_file import read_mapping
-from egnscale.launch.oc20_settings import ARCHITECTURES, Config, model_block, to_our_config
+from egnscale.launch.oc20_settings import ARCHITECTURES, model_block, to_our_config
 from egnscale.launch.run_files import RUN, WEIGHTS, run_record, write_tensors
 from egnscale.launch.tasks import Normalizer
 from egnscale.launch.torch_file import read_torch_file
-from egnscale.models import build_model, count_parameters
+from egnscale.models import AtomModelConfig, build_model, count_parameters
 from egnscale.models.oc20_names import (
     is_constant,
     recognise,
@@ -76,10 +76,10 @@ class Oc20File:
     architecture: str
     prefix: str  #: in front of every name
     state: dict[str, Tensor]  #: by public name, prefix taken off; aliases and constants included
-    sha256: str = ""
+    sha256: str
 
     @classmethod
-    def open(cls, path: Path, *, digest: bool = True) -> Oc20File:
+    def open(cls, path: Path) -> Oc20File:
         """Read a file.
 
         Raises:
@@ -108,9 +108,7 @@ class Oc20File:
         used = sum(value.numel() * value.itemsize for name, value in named.items() if name == without_alias(name))
         if used > path.stat().st_size:
             raise ValueError(f"{path}: its weights share memory, which no such model's do")
-        return cls(
-            path, data if state is not data else {}, architecture, prefix, named, _sha256(path) if digest else ""
-        )
+        return cls(path, {} if state is data else data, architecture, prefix, named, _sha256(path))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -140,7 +138,7 @@ class Oc20File:
 class Oc20Model:
     """A public model in our terms."""
 
-    config: Config
+    config: AtomModelConfig
     weights: dict[str, Tensor]  #: fp32, by our names; scale factors included
     normalizer: Normalizer
     source: dict[str, Any]  #: where it came from, for run.json
@@ -261,7 +259,7 @@ def _without_repetitions(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def _check_names(file: Oc20File, named: Mapping[str, Tensor], config: Config) -> None:
+def _check_names(file: Oc20File, named: Mapping[str, Tensor], config: AtomModelConfig) -> None:
     """Compare names and shapes with those of the model."""
     with torch.device("meta"):
         wanted = build_model(config).state_dict()
@@ -292,7 +290,7 @@ def _chosen_weights(file: Oc20File, named: Mapping[str, Tensor], choice: str) ->
     shadow = file.data["ema"]["shadow_params"]
     if len(shadow) != len(weights):
         raise ValueError(
-            f"there are {len(shadow)} averaged weights for {len(weights)} trained ones; --weights model takes the latter"
+            f"there are {len(shadow)} averaged weights for {len(weights)} of the model; --weights model takes these"
         )
     averaged = {}
     for (name, value), average in zip(weights.items(), shadow, strict=True):
@@ -415,8 +413,8 @@ def _normalizer(
     if given is None:
         if found is None:
             raise ValueError(
-                "neither the file nor its configuration says how targets were normalised; "
-                "give --normalizer MEAN STD FORCE_STD (eV, eV, eV/A; OC20's S2EF: -0.7554450631 2.8873171806 2.8873171806)"
+                "neither the file nor its configuration says how targets were normalised; give --normalizer MEAN STD "
+                "FORCE_STD (eV, eV, eV/A; for OC20's S2EF -0.7554450631141663 2.887317180633545 2.887317180633545)"
             )
         return found
     if found is not None and not _close(found[0], given):
@@ -470,13 +468,13 @@ def _configured_normalizer(config: Mapping[str, Any], forces: str) -> tuple[Norm
 def _dataset_blocks(config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Places of a public configuration that may describe the training set."""
     dataset = config.get("dataset")
-    train = dataset.get("train") if isinstance(dataset, dict) else dataset[0] if _is_filled_list(dataset) else None
+    train = None
+    if isinstance(dataset, dict):
+        train = dataset.get("train")
+    elif isinstance(dataset, list) and dataset:
+        train = dataset[0]
     blocks = [("normalizer", config.get("normalizer")), ("dataset", dataset), ("dataset.train", train)]
     return [(where, block) for where, block in blocks if isinstance(block, dict)]
-
-
-def _is_filled_list(value: Any) -> bool:
-    return isinstance(value, list) and bool(value)
 
 
 def _made(where: str, energy: Any, force: Any) -> Normalizer:
@@ -505,7 +503,7 @@ def _moments(where: str, block: Any) -> tuple[float, float]:
 def _references(
     data: Mapping[str, Any], config: Mapping[str, Any], options: Options, warnings: list[str]
 ) -> dict[str, list[float]] | None:
-    """Energies of elements that the model's energies are relative to. egnscale adds none, so they are no small matter."""
+    """Energies of elements that the model's energies are relative to; egnscale adds none."""
     found: dict[str, list[float]] = {}
     stored = data.get("elementrefs")
     for name, block in stored.items() if isinstance(stored, dict) else ():
@@ -552,7 +550,7 @@ def scale_factor_counts(named: Mapping[str, Tensor]) -> tuple[int, int]:
     return sum(bool((value != 0).all()) for value in values), len(values)
 
 
-def parameter_count(config: Config) -> int:
+def parameter_count(config: AtomModelConfig) -> int:
     """Trainable parameters of a model, without making it."""
     with torch.device("meta"):
         return count_parameters(build_model(config))

@@ -14,9 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from egnscale.models import DimeNetConfig, GemNetConfig
+from egnscale.models import AtomModelConfig, DimeNetConfig, GemNetConfig
 
-Config = GemNetConfig | DimeNetConfig
 #: Public names of a model -> our architecture. Names of hydra's backbones end in _backbone.
 ARCHITECTURES = {"gemnet_t": "gemnet_t", "gp_gemnet_t": "gemnet_t", "dimenetplusplus": "dimenetplusplus"}
 #: Settings that change nothing in the model: how graphs, files and ranks are handled.
@@ -68,7 +67,7 @@ def model_block(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     return name, settings
 
 
-def to_our_config(architecture: str, settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Config:
+def to_our_config(architecture: str, settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> AtomModelConfig:
     """The configuration of a public model.
 
     Args:
@@ -101,7 +100,7 @@ def to_our_config(architecture: str, settings: Mapping[str, Any], weights: Mappi
     return GemNetConfig(**values) if gemnet else DimeNetConfig(**values)
 
 
-def to_public_settings(config: Config) -> dict[str, Any]:
+def to_public_settings(config: AtomModelConfig) -> dict[str, Any]:
     """The inverse of `to_our_config`: a model block with its name.
 
     Raises:
