@@ -55,7 +55,8 @@ def gemnet(
     config, embedding = model.config, model.embedding
     source, target, edges = graph.source, graph.target, graph.num_edges
 
-    vector = graph.positions[target] - (graph.positions[source] + graph.shift)
+    positions = graph.positions.detach().requires_grad_(config.forces == "conservative")
+    vector = positions[target] - (positions[source] + graph.shift)
     distance = vector.norm(dim=1)
     direction = vector / distance[:, None]
     cosine = (direction[ca] * direction[ba]).sum(1).clamp(-1, 1)
@@ -96,6 +97,8 @@ def gemnet(
 
     def output(layer: Any, m: Tensor) -> tuple[Tensor, Tensor]:
         energy = _linear(layer.out_energy, atom_sum(layer.atom_sum, m, rbf_out))
+        if layer.force is None:
+            return energy, m.new_zeros(edges, 1)
         x = _residuals(layer.force.layers[1:], _act(_linear(layer.force.layers[0], m)))
         x = _scale(layer.force.scale_had, x * _linear(layer.force.dense_rbf, rbf_out))
         return energy, _linear(layer.force.out, x)
@@ -125,6 +128,9 @@ def gemnet(
     energies = energy.new_zeros(graph.num_systems).index_add(0, graph.system, energy[:, 0])
     if not config.extensive:
         energies = energies / torch.bincount(graph.system, minlength=graph.num_systems)
+    if config.forces == "conservative":
+        (gradient,) = torch.autograd.grad(energies.sum(), positions, create_graph=True, materialize_grads=True)
+        return Prediction(energies, -gradient)
     return Prediction(energies, torch.zeros_like(graph.positions).index_add(0, target, force * direction))
 
 

@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import oracle
 import pytest
 import structures
 import torch
-from torch import Tensor
+from small_models import BATCHES, assert_same, close, gemnet
 
 from egnscale.data.batch import build_graph
 from egnscale.data.neighbors import GraphSpec, radius_graph
 from egnscale.data.sample import Sample
-from egnscale.models import ExtendedGraph, GemNetT, Prediction, build_model, count_parameters
-from egnscale.models.layers import ScaleFactor, he_orthogonal_
-
-SMALL = {
-    "num_blocks": 2,
-    "emb_size_atom": 12,
-    "emb_size_edge": 16,
-    "emb_size_trip": 8,
-    "emb_size_bil_trip": 6,
-    "emb_size_rbf": 5,
-    "emb_size_cbf": 4,
-    "num_radial": 16,
-}
-
-
-def small_model(*, fitted: bool = True, **hyperparameters: object) -> GemNetT:
-    """fp64, with weights and (if fitted) scale factors that depend on nothing but `hyperparameters`."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = build_model(**(SMALL | hyperparameters)).double()
-        for module in model.modules():
-            if fitted and isinstance(module, ScaleFactor):
-                module.scale_factor.uniform_(0.5, 2)
-    return model
+from egnscale.models import ExtendedGraph, Prediction, build_model, count_parameters
+from egnscale.models.layers import he_orthogonal_
 
 
 def graph_of(*samples: Sample, spec: GraphSpec | None = None) -> ExtendedGraph:
@@ -47,48 +24,12 @@ def graph_of(*samples: Sample, spec: GraphSpec | None = None) -> ExtendedGraph:
 
 # --- against the oracle ---
 
-BATCHES: dict[str, Callable[[], Sequence[Sample]]] = {
-    "slabs": lambda: [structures.slab(), structures.slab("fcc211", size=(3, 1, 3), seed=1)],
-    "perfect slab": lambda: [structures.slab(rattle=0)],
-    "molecules": lambda: [structures.water(periodic=True), structures.water(periodic=False)],
-    "one atom, many images": lambda: [structures.crystal()],
-    "one atom, images in a row": lambda: [structures.crystal(pbc=(True, False, False))],
-    "isolated atoms beside others": lambda: [
-        structures.far_apart("O", "H"),
-        structures.water(periodic=False),
-        structures.far_apart("N"),
-    ],
-    "no edge": lambda: [structures.far_apart("O", "H"), structures.far_apart("Cu")],
-    "no structure": list,
-}
-
-
-def assert_same(ours: Prediction, theirs: Prediction, model: GemNetT, tolerance: float = 1e-12) -> None:
-    """Energies, forces and the gradient of every parameter, each relative to its own norm."""
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.rand(x.shape, dtype=x.dtype, generator=generator) + 0.5 for x in ours]
-    names, parameters = zip(*model.named_parameters(), strict=True)
-
-    def everything(prediction: Prediction) -> dict[str, Tensor]:
-        loss = sum((w * x).sum() for w, x in zip(weights, prediction, strict=True))
-        # Raises if a parameter has no gradient at all: an optimizer that shards gradients would wait for it.
-        gradients = torch.autograd.grad(loss, parameters)
-        return dict(zip((*prediction._fields, *names), (*prediction, *gradients), strict=True))
-
-    expected = everything(theirs)
-    wrong = {}
-    for name, value in everything(ours).items():
-        error, size = float((value - expected[name]).detach().norm()), float(expected[name].detach().norm())
-        if not error <= tolerance * size + 1e-14:  # forces in a crystal of one atom vanish but for rounding
-            wrong[name] = (error, size)
-    assert wrong == {}
-
 
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("form", ["block", "harmonic"])
 def test_agrees_with_the_oracle(form: str, batch: str, padded: bool) -> None:
-    model, graph = small_model(triplet_form=form), graph_of(*BATCHES[batch]())
+    model, graph = gemnet(triplet_form=form), graph_of(*BATCHES[batch]())
     assert_same(model(graph), oracle.gemnet(model, graph, padded_triplets=padded), model)
 
 
@@ -106,13 +47,13 @@ def test_agrees_with_the_oracle(form: str, batch: str, padded: bool) -> None:
     ids=str,
 )
 def test_agrees_with_the_oracle_in_every_variant(variant: dict) -> None:
-    model = small_model(**variant)
+    model = gemnet(**variant)
     graph = graph_of(*BATCHES["slabs"](), spec=GraphSpec(cutoff=model.config.cutoff))
     assert_same(model(graph), oracle.gemnet(model, graph), model)
 
 
 def test_the_comparison_notices_a_wrong_reverse_edge() -> None:
-    model, graph = small_model(), graph_of(structures.slab())
+    model, graph = gemnet(), graph_of(structures.slab())
     wrong = graph_of(structures.slab())
     wrong.reverse[[0, 1]] = wrong.reverse[[1, 0]]
     with pytest.raises(AssertionError):
@@ -120,7 +61,7 @@ def test_the_comparison_notices_a_wrong_reverse_edge() -> None:
 
 
 def test_zeros_as_initial_outputs() -> None:
-    prediction = small_model(output_init="zeros")(graph_of(structures.slab()))
+    prediction = gemnet(output_init="zeros")(graph_of(structures.slab()))
     assert not any(x.any() for x in prediction)
 
 
@@ -133,13 +74,9 @@ SLABS = {
 }
 
 
-def close(a: Tensor, b: Tensor) -> bool:
-    return float((a - b).norm()) < 1e-10 * float(b.norm())
-
-
 @torch.no_grad()
 def predict(sample: Sample, spec: GraphSpec | None = None) -> Prediction:
-    return small_model()(graph_of(sample, spec=spec))
+    return gemnet()(graph_of(sample, spec=spec))
 
 
 @pytest.fixture(params=SLABS)
@@ -186,7 +123,7 @@ def test_a_batch_is_its_structures() -> None:
     samples = [make() for make in SLABS.values()] + [structures.far_apart("O"), structures.water(periodic=True)]
     alone = [predict(sample) for sample in samples]
     for order in (range(len(samples)), [3, 1, 4, 0, 2]):
-        together = small_model()(graph_of(*(samples[i] for i in order)))
+        together = gemnet()(graph_of(*(samples[i] for i in order)))
         assert close(together.energy, torch.cat([alone[i].energy for i in order]))
         assert close(together.forces, torch.cat([alone[i].forces for i in order]))
 
@@ -252,7 +189,7 @@ def test_initial_square_weights_are_nearly_orthogonal() -> None:
 
 @pytest.mark.parametrize("form", ["block", "harmonic"])
 def test_bf16_keeps_scale_factors_and_geometry_in_fp32(form: str) -> None:
-    model = small_model(triplet_form=form, emb_size_atom=64, emb_size_edge=64).float()
+    model = gemnet(triplet_form=form, emb_size_atom=64, emb_size_edge=64).float()
     graph = graph_of(*BATCHES["slabs"]()).to("cpu", torch.float32)
     factors = {name: value.clone() for name, value in model.state_dict().items() if name.endswith("scale_factor")}
     model.bfloat16()
