@@ -58,8 +58,10 @@ def export_oc20(checkpoint: Path, out: Path, *, layout: Layout = "v1", prefix: s
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, out)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # torch's writer, which does not say what the system said
+            raise OSError(f"{out} cannot be written: is the disk full? ({error})") from None
         raise
     return {
         "path": str(out),

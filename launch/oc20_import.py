@@ -190,8 +190,8 @@ def interpret(file: Oc20File, options: Options | None = None) -> Oc20Model:
         name, settings, config = _configuration(file, options)
         if ARCHITECTURES[name] != file.architecture:
             raise ValueError(f"the configuration is of {name}, but the weights are those of {file.architecture}")
-        ours = to_our_config(file.architecture, settings, file.state)
         named = _without_repetitions(file.state)
+        ours = to_our_config(file.architecture, settings, named)
         _check_names(file, named, ours)
         weights, which = _chosen_weights(file, named, options.weights)
         factors = _scale_factors(file, named, options, warnings)
@@ -329,6 +329,7 @@ def _scale_factors(
     """
     sites = {f"{path}{_SCALE}" for path in _sites(named)}
     values = {name: _scalar(name, named[name]) for name in sites if name in named}
+    said_by = dict.fromkeys(values, "state_dict")
     sources = []
     if file.data.get("scale_dict"):
         sources.append(("scale_dict", file.data["scale_dict"]))
@@ -348,9 +349,9 @@ def _scale_factors(
             name, number = f"{path}{_SCALE}", _scalar(f"{where}: {name}", value)
             before = values.get(name, 0.0)
             if before not in (0.0, 1.0) and number != 0.0 and not math.isclose(before, number, rel_tol=1e-5):
-                raise ValueError(f"{where}: {_short(path)} is {number:g}, but the file's weights have {before:g}")
+                raise ValueError(f"scale factor {path} is {before:g} in {said_by[name]}, but {number:g} in {where}")
             if before in (0.0, 1.0) and number != 0.0:
-                values[name] = number
+                values[name], said_by[name] = number, where
     unfitted = sorted(name for name in sites if values.get(name, 0.0) == 0.0)
     if unfitted:
         warnings.append(

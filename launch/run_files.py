@@ -60,8 +60,15 @@ def save_weights(path: Path, weights: Iterable[tuple[str, Tensor]], model: torch
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file of contiguous tensors that share no memory."""
-    save_file(tensors, path)
+    """Write a safetensors file of contiguous tensors that share no memory.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
     path.chmod(0o644)  # as the other files; safetensors leaves it to its owner alone
 
 
