@@ -136,8 +136,9 @@ def read_torch_file(path: Path) -> Any:
         ValueError: one line that says what is wrong with the file, or which name in it is refused.
         OSError: if it cannot be opened.
     """
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory; expected a file of torch.save, such as checkpoint.pt")
+    if path.exists() and not path.is_file():
+        kind = "a directory" if path.is_dir() else "no ordinary file"
+        raise ValueError(f"{path} is {kind}; expected a file of torch.save, such as checkpoint.pt")
     with open(path, "rb") as file:
         if not file.read(1):
             raise ValueError(f"{path} is empty")

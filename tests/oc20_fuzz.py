@@ -1,4 +1,4 @@
-"""Import mutated OC20 checkpoints and say what came of it, as one JSON object: `python oc20_fuzz.py COUNT SEED DIRECTORY`.
+"""Import mutated OC20 checkpoints and say what came of it, as JSON: `python oc20_fuzz.py COUNT SEED DIRECTORY`.
 
 A process of its own, so that a crash is seen from outside, with little memory to spare, so that a file that claims much
 cannot have it. Mutations are of the file (bits, cuts), of the pickle within it with checksums put right, of the content
@@ -33,16 +33,12 @@ from egnscale.models import build_model
 #: What no reading of a file does.
 FORBIDDEN = {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "pickle.find_class"}
 SPARE_MEMORY = 1 << 30  #: bytes
+_GEMNET = "num_blocks emb_size_atom emb_size_edge emb_size_trip emb_size_bil_trip emb_size_rbf emb_size_cbf num_radial"
+_DIMENET = "num_blocks hidden_channels out_emb_channels int_emb_size basis_emb_size num_spherical num_radial"
 MODELS: tuple[dict[str, Any], ...] = (
-    {
-        **{"num_blocks": 1, "emb_size_atom": 3, "emb_size_edge": 4, "emb_size_trip": 3, "emb_size_bil_trip": 2},
-        **{"emb_size_rbf": 2, "emb_size_cbf": 2, "num_radial": 5, "num_spherical": 3, "num_atom": 1, "num_elements": 6},
-        **{"num_after_skip": 1, "symmetrize": "oc20"},
-    },
-    {
-        **{"num_blocks": 1, "hidden_channels": 4, "out_emb_channels": 3, "int_emb_size": 2, "basis_emb_size": 2},
-        **{"num_spherical": 3, "num_radial": 3, "num_output_layers": 1, "angles": "detached"},
-    },
+    dict(zip(_GEMNET.split(), (1, 3, 4, 3, 2, 2, 2, 5), strict=True))
+    | {"num_spherical": 3, "num_atom": 1, "num_after_skip": 1, "num_elements": 6, "symmetrize": "oc20"},
+    dict(zip(_DIMENET.split(), (1, 4, 3, 2, 2, 3, 3), strict=True)) | {"num_output_layers": 1, "angles": "detached"},
 )
 
 
@@ -145,8 +141,11 @@ def mutated(rng: random.Random, canary: Path) -> tuple[str, bytes]:
     what, zipped = content(rng.choice(MODELS)), rng.random() < 0.5
     kind = rng.choice(("bits", "cuts", "pickle bits", "pickle cuts", "content", "content", "content", "payload"))
     if kind in ("content", "payload"):
+        everywhere = places(what)
         for _ in range(rng.choice((1, 1, 1, 3))):
-            container, key = rng.choice(places(what))
+            container, key = rng.choice(everywhere)
+            if isinstance(container, dict) and key not in container:
+                continue  # an earlier change took it away
             value = Payload(canary) if kind == "payload" else junk(rng)
             if kind == "content" and isinstance(container[key], torch.Tensor) and rng.random() < 0.7:
                 shape = list(container[key].shape) or [1]
