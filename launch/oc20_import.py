@@ -125,8 +125,10 @@ class Oc20File:
             form = "no configuration"
         elif isinstance(block, str):
             form = "old configuration (model_attributes)"
-        else:
+        elif isinstance(block, dict):
             form = "hydra configuration" if block.get("name") == "hydra" else "new configuration"
+        else:
+            form = "unknown configuration"
         return f"{form}, names with {self.prefix!r} in front" if self.prefix else form
 
     @property
