@@ -143,14 +143,15 @@ def _table(found: dict[str, Any]) -> Table:
             f"energy {normalizer['energy_mean']:.6g} +- {normalizer['energy_std']:.6g} eV, "
             f"forces +- {normalizer['force_std']:.6g} eV/A",
         )
-    row("weights", found["weights"])
+    row("weights", {"ema": "averaged (ema)", "model": "of the state_dict"}.get(found["weights"], found["weights"]))
     row("step", found["step"])
     row("epoch", found["epoch"])
     if factors["all"]:
         row("scale factors", f"{factors['fitted']} of {factors['all']} fitted")
     for split, values in found["metrics"].items():
         row(split, ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
-    row("best", found["best"])
+    best = found["best"]
+    row("best", f"{best['value']:.5g} at step {best['step']}" if isinstance(best, dict) else best)
     row("from", found["source"])
     for text in found["warnings"]:
         row("warning", text)

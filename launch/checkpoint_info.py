@@ -8,7 +8,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from egnscale.launch.oc20_import import Oc20File, interpret, metrics, parameter_count, scale_factor_counts
+from egnscale.launch.oc20_file import Oc20File, metrics
+from egnscale.launch.oc20_import import interpret, parameter_count
+from egnscale.launch.oc20_scales import scale_factor_counts
 from egnscale.launch.run_files import WEIGHTS, read_run, recorded_model
 from egnscale.scaling.checkpoint import FORMAT, find_checkpoint, verify_checkpoint
 
