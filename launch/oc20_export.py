@@ -105,32 +105,50 @@ def _normalizers(normalizer: Normalizer, config: AtomModelConfig, layout: Layout
 def _configuration(
     settings: dict[str, Any], normalizer: Normalizer, config: AtomModelConfig, layout: Layout
 ) -> dict[str, Any]:
+    """What the public trainers and calculators ask a configuration for; they train nothing by it."""
     with_forces = config.forces != "none"
+    both: dict[str, Any] = {
+        "optim": {"batch_size": 8, "eval_batch_size": 8, "num_workers": 0, "max_epochs": 1}
+        | {"optimizer": "AdamW", "lr_initial": 1e-4, "scheduler": "Null"},
+        "cmd": {"seed": 0},
+        "logger": "tensorboard",
+        "amp": False,
+        "gpus": 0,
+    }
+    source = {"src": ""}  # they delete it
     if layout == "v0":
-        attributes = {name: value for name, value in settings.items() if name != "name"}
-        dataset: dict[str, Any] = {
+        targets: dict[str, Any] = {
             "normalize_labels": True,
             "target_mean": normalizer.energy_mean,
             "target_std": normalizer.energy_std,
         }
         if with_forces:
-            dataset |= {"grad_target_mean": 0.0, "grad_target_std": normalizer.force_std}
+            targets |= {"grad_target_mean": 0.0, "grad_target_std": normalizer.force_std}
         return {
             "trainer": "forces" if with_forces else "energy",
             "model": settings["name"],
-            "model_attributes": attributes,
-            "normalizer": dataset,
+            "model_attributes": {name: value for name, value in settings.items() if name != "name"},
+            "task": {"dataset": "trajectory_lmdb", "type": "regression", "metric": "mae"},
+            "dataset": {**source, **targets},
+            "normalizer": targets,
+            **both,
         }
-    targets: dict[str, Any] = {"energy": {"mean": normalizer.energy_mean, "stdev": normalizer.energy_std}}
+    normalizers: dict[str, Any] = {"energy": {"mean": normalizer.energy_mean, "stdev": normalizer.energy_std}}
     outputs: dict[str, Any] = {"energy": {"level": "system"}}
+    losses: list[dict[str, Any]] = [{"energy": {"fn": "mae", "coefficient": 1}}]
     if with_forces:
-        targets["forces"] = {"mean": 0.0, "stdev": normalizer.force_std}
+        normalizers["forces"] = {"mean": 0.0, "stdev": normalizer.force_std}
         outputs["forces"] = {"level": "atom", "train_on_free_atoms": True, "eval_on_free_atoms": True}
+        losses.append({"forces": {"fn": "l2mae", "coefficient": 100}})
     return {
         "trainer": "ocp",
         "model": settings,
-        "dataset": {"train": {"transforms": {"normalizer": targets}}},
+        "task": {},
+        "dataset": {"format": "lmdb", **source, "transforms": {"normalizer": normalizers}},
         "outputs": outputs,
+        "loss_functions": losses,
+        "evaluation_metrics": {"primary_metric": "forces_mae" if with_forces else "energy_mae"},
+        **both,
     }
 
 
