@@ -1,4 +1,4 @@
-"""What benchmarks share: where they ran, how they time, how they write results down."""
+"""What benchmarks share: where they ran, how they measure time and memory, how they write results down."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+MB = 2**20
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -57,6 +60,33 @@ def alternate(works: Mapping[str, Callable[[], object]], device: str, rounds: in
             if turn:
                 times[name].append(taken)
     return times
+
+
+def peak_megabytes(work: Callable[[], object], device: str) -> float:
+    """The most memory that some work takes, over what was there before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / MB
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _resident("VmRSS")
+    work()
+    return (_resident("VmHWM") - before) / MB
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def in_fresh_process(*arguments: str) -> Any:
+    """What this program, started with more arguments, prints as JSON on its last line; for measuring memory."""
+    # Every tensor a mapping of its own: resident memory is then what tensors hold, not what glibc's heap has kept.
+    exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, *sys.argv, *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=exact)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

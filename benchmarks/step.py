@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from report import alternate, environment, spread, table, write
+from report import MB, alternate, environment, in_fresh_process, peak_megabytes, spread, table, write
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -34,7 +32,6 @@ from egnscale.models import ExtendedGraph, GemNetT, Prediction, build_model
 from egnscale.models.triplets import TripletForm
 
 VARIANTS = ("plain", "auto", "harmonic", "block")
-MB = 2**20
 NOTE = """\
 Forward, backward and AdamW in fp32; median [min-max] of {rounds} rounds, ratios round by round. Peak: memory of forward
 and backward in a fresh process, over what was there before (weights, gradients, graph). Saved: what forward keeps for
@@ -78,17 +75,7 @@ def memory(case: Case, variant: str, device: str) -> dict[str, float]:
     """MB saved for backward, and the peak of forward and backward over what was there before."""
     for parameter in case.model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # there in every step but the first
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        case.forward_backward(variant)
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = _resident("VmRSS")
-        case.forward_backward(variant)
-        peak = _resident("VmHWM") - before
-
+    peak = peak_megabytes(partial(case.forward_backward, variant), device)
     saved: dict[int, int] = {}
 
     def count(x: Tensor) -> Tensor:
@@ -101,21 +88,12 @@ def memory(case: Case, variant: str, device: str) -> dict[str, float]:
     for tensor in (*case.model.parameters(), *case.triplets[:3]):  # there in any case
         saved.pop(tensor.untyped_storage().data_ptr(), None)
     del prediction
-    return {"saved": sum(saved.values()) / MB, "peak": peak / MB}
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return {"saved": sum(saved.values()) / MB, "peak": peak}
 
 
 def memory_in_fresh_process(variant: str, size: Size, spec: GraphSpec, edges: int = 1) -> dict[str, float]:
-    # Every tensor a mapping of its own: resident memory is then what tensors hold, not what glibc's heap has kept.
-    exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    what = json.dumps({"variant": variant, "size": size, "spec": asdict(spec), "edges": edges})
-    command = [sys.executable, *sys.argv, "--memory-of", what]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=exact)
-    return json.loads(done.stdout.splitlines()[-1])
+    what = {"variant": variant, "size": size, "spec": asdict(spec), "edges": edges}
+    return in_fresh_process("--memory-of", json.dumps(what))
 
 
 def compare_steps(case: Case, args: argparse.Namespace, results: dict[str, Any]) -> str:

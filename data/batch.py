@@ -27,6 +27,7 @@ class AtomBatch:
     fixed: Tensor  #: (V,) bool
     tags: Tensor  #: (V,) int64
     energy: Tensor | None  #: (B,) float64, eV
+    energy_relaxed: Tensor | None  #: (B,) float64, eV
     forces: Tensor | None  #: (V, 3) float, eV/A
 
     @property
@@ -114,7 +115,9 @@ def _batch(samples: Sequence[Sample]) -> AtomBatch:
     def column(values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.int64)
 
-    labelled = all(sample.energy is not None for sample in samples)
+    def energies(values: list) -> Tensor | None:
+        return None if None in values else torch.tensor(values, dtype=torch.float64)
+
     with_forces = all(sample.forces is not None for sample in samples)
     return AtomBatch(
         sid=column([sample.sid for sample in samples]),
@@ -122,7 +125,8 @@ def _batch(samples: Sequence[Sample]) -> AtomBatch:
         num_atoms=column([sample.num_atoms for sample in samples]),
         fixed=torch.from_numpy(_stack([sample.fixed for sample in samples]).astype(bool)),
         tags=torch.from_numpy(_stack([sample.tags for sample in samples]).astype(np.int64)),
-        energy=torch.tensor([sample.energy for sample in samples], dtype=torch.float64) if labelled else None,
+        energy=energies([sample.energy for sample in samples]),
+        energy_relaxed=energies([sample.energy_relaxed for sample in samples]),
         forces=torch.from_numpy(_stack([sample.forces for sample in samples], 3)) if with_forces else None,
     )
 

@@ -249,10 +249,22 @@ class Normalizer(_Section):
     force_std: Positive = Field(description="deviation of the force components, eV/A")
 
 
+#: Of each task, its default first.
+PRIMARY_METRICS = {
+    "s2ef": ("forces_mae", "energy_mae", "energy_forces_within_threshold"),
+    "is2re": ("energy_mae", "energy_within_threshold"),
+}
+
+
 class TaskConfig(_Section):
     """`task`."""
 
-    name: Literal["s2ef"] = Field(default="s2ef", description="structure to energy and forces")
+    name: Literal["s2ef", "is2re"] = Field(
+        default="s2ef", description="structure to energy and forces, or initial structure to relaxed energy"
+    )
+    init_from: Path | None = Field(
+        default=None, description="checkpoint to start from: its weights, its normalizer, and its model's sizes"
+    )
     output: Path = Field(description="directory of the run: logs, plots and checkpoints")
     seed: Count = Field(default=0, description="of weights and shuffling")
     energy_coefficient: NotNegative = Field(default=1.0, description="weight of the energy in the loss")
@@ -268,9 +280,27 @@ class TaskConfig(_Section):
     checkpoint_every: Size = Field(default=5000, description="steps between checkpoints")
     keep_last: Size = Field(default=3, description="checkpoints kept besides the best one")
     log_every: Size = Field(default=10, description="steps between rows of the log")
-    primary_metric: Literal["forces_mae", "energy_mae", "energy_forces_within_threshold"] = Field(
-        default="forces_mae", description="chooses the best checkpoint and drives the plateau schedule"
+    primary_metric: (
+        Literal["forces_mae", "energy_mae", "energy_forces_within_threshold", "energy_within_threshold"] | None
+    ) = Field(
+        default=None,
+        description="chooses the best checkpoint and drives the plateau schedule; forces_mae, for is2re energy_mae",
     )
+
+
+    @model_validator(mode="after")
+    def _metric_of_the_task(self) -> TaskConfig:
+        known = PRIMARY_METRICS[self.name]
+        if self.primary_metric is not None and self.primary_metric not in known:
+            raise ValueError(
+                f"primary_metric is {self.primary_metric}; task {self.name} has {' and '.join(known)}"
+            )
+        return self
+
+    @property
+    def metric(self) -> str:
+        """What chooses the best checkpoint."""
+        return self.primary_metric or PRIMARY_METRICS[self.name][0]
 
 
 class _Warmup(_Section):
@@ -310,6 +340,13 @@ class MultiStepScheduler(_Warmup):
     gamma: Annotated[Real, Field(gt=0, le=1)] = Field(default=0.1, description="multiplies the rate at each milestone")
 
 
+class ExponentialScheduler(_Warmup):
+    """`optim.scheduler` with name: exponential, as the paper's fine-tuning for IS2RE."""
+
+    name: Literal["exponential"] = Field(default="exponential", description="learning-rate schedule")
+    gamma: Annotated[Real, Field(gt=0, le=1)] = Field(default=0.95, description="multiplies the rate after each epoch")
+
+
 def _named_schedule(value: Any) -> Any:
     value = _by_name(value)
     return {"name": "plateau", **value} if isinstance(value, dict) else value
@@ -337,10 +374,11 @@ class OptimConfig(_Section):
     amsgrad: Flag = Field(default=False, description="AMSGrad variant of AdamW, as OC20's GemNet")
     scheduler: Annotated[
         Annotated[
-            ConstantScheduler | PlateauScheduler | CosineScheduler | MultiStepScheduler, Field(discriminator="name")
+            ConstantScheduler | PlateauScheduler | CosineScheduler | MultiStepScheduler | ExponentialScheduler,
+            Field(discriminator="name"),
         ],
         BeforeValidator(_named_schedule),
-    ] = Field(default_factory=PlateauScheduler, description="constant, plateau, cosine or multistep, with its settings")
+    ] = Field(default_factory=PlateauScheduler, description="constant, plateau, cosine, multistep or exponential, with its settings")
     ema_decay: Annotated[Real, Field(gt=0, lt=1)] | None = Field(
         default=None, description="decay of the averaged weights that are evaluated; null for none; OC20 0.999"
     )

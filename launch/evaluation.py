@@ -25,6 +25,7 @@ def evaluate_s2ef(
     free_atoms_only: bool = True,
     max_batches: int | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+    record: Callable[[Prediction, ExtendedGraph, AtomBatch], None] = lambda prediction, graph, batch: None,
     observe: Callable[[AtomBatch], None] = lambda batch: None,
 ) -> dict[str, float]:
     """Metrics of normalised predictions over labelled batches.
@@ -33,6 +34,7 @@ def evaluate_s2ef(
         place: puts a graph on the device (`Mesh.place`; None: that is all).
         max_batches: stop after so many (None: all).
         reduce: sums accumulators over replicas.
+        record: called with each batch's prediction, in eV and eV/A.
         observe: called after each batch, for progress.
 
     Raises:
@@ -50,6 +52,7 @@ def evaluate_s2ef(
         assert batch.forces is not None
         free = ~batch.fixed if free_atoms_only else torch.ones_like(batch.fixed)
         metrics.update(prediction.energy, prediction.forces, batch.energy, batch.forces, free, graph.partition.total)
+        record(prediction, graph, batch)
         observe(batch)
     sums = metrics.tensor()
     # Every replica learns that one failed, so that none waits for it in a later collective.

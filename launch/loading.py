@@ -29,18 +29,22 @@ def graph_spec(config: AtomModelConfig) -> GraphSpec:
     )
 
 
-def open_labelled(path: str | Path, num_elements: int) -> Store:
+#: What a task reads of each structure.
+LABELS = {"s2ef": ("energy", "forces"), "is2re": ("energy_relaxed",)}
+
+
+def open_labelled(path: str | Path, num_elements: int, task: str = "s2ef") -> Store:
     """Open a store for training or evaluation.
 
     Raises:
-        ValueError: if it is empty, has no energies or forces, or holds elements that the model does not know.
+        ValueError: if it is empty, lacks what the task needs, or holds elements that the model does not know.
     """
     store = Store(path)
     if not len(store):
         raise ValueError(f"{path} holds no structures")
     sample = store[0]
-    if sample.energy is None or sample.forces is None:
-        raise ValueError(f"{path}: structures have no energies and forces, which s2ef needs")
+    if missing := [label for label in LABELS[task] if getattr(sample, label) is None]:
+        raise ValueError(f"{path}: structures have no {' and no '.join(missing)}, which {task} needs")
     highest = max(store.metadata["statistics"]["elements"])
     if highest > num_elements:
         raise ValueError(
@@ -99,8 +103,10 @@ def sizes_for_balance(store: Store, rule: str) -> np.ndarray:
 SPLIT_ORDER = ("val_id", "val_ood_ads", "val_ood_cat", "val_ood_both")
 
 
-def validation_splits(path: Path) -> dict[str, Path]:
-    """{name: store}: the path itself if it is a store, else the `val_*` stores in it (or in its `s2ef`).
+def validation_splits(path: Path, task: str = "s2ef") -> dict[str, Path]:
+    """{name: store}: the path itself if it is a store, else the `val_*` stores in it (or in its `s2ef`, ...).
+
+    Where there are none, the `test_*` stores, whose labels others keep.
 
     Raises:
         ValueError: if there is nothing to evaluate on.
@@ -109,9 +115,9 @@ def validation_splits(path: Path) -> dict[str, Path]:
         raise ValueError(f"{path} does not exist")
     if (path / "metadata.json").is_file():
         return {path.name: path}
-    for root in (path, path / "s2ef"):
-        found = {file.parent.name: file.parent for file in sorted(root.glob("val_*/metadata.json"))}
+    for root, kind in ((path, "val_"), (path / task, "val_"), (path, "test_"), (path / task, "test_")):
+        found = {file.parent.name: file.parent for file in sorted(root.glob(f"{kind}*/metadata.json"))}
         if found:
-            known = [name for name in SPLIT_ORDER if name in found]
+            known = [name for name in (kind + split.removeprefix("val_") for split in SPLIT_ORDER) if name in found]
             return {name: found[name] for name in [*known, *(name for name in found if name not in known)]}
     raise ValueError(f"{path} is no store of egnscale, and holds no val_* stores")

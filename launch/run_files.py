@@ -114,7 +114,12 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     Raises:
         ValueError: where names or shapes differ, naming the first few.
     """
-    found, wanted = read_weights(path), model.state_dict()
+    found = read_weights(path)
+    _check_fit(found, model.state_dict(), path)
+    model.load_state_dict(found)
+
+
+def _check_fit(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
     problems = [f"lacks {name}" for name in wanted.keys() - found.keys()]
     problems += [f"has {name}, which the model does not" for name in found.keys() - wanted.keys()]
     problems += [
@@ -125,6 +130,17 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     if problems:
         more = f" (and {len(problems) - 3} more differences)" if len(problems) > 3 else ""
         raise ValueError(f"{path} does not fit the model: {'; '.join(sorted(problems)[:3])}{more}")
+
+
+def start_weights(model: torch.nn.Module, start: TrainedModel) -> None:
+    """Give a model the weights of a trained one. What only the trained one has for forces is left out.
+
+    Raises:
+        ValueError: where anything else differs, naming the first few.
+    """
+    wanted = model.state_dict()
+    found = {name: value for name, value in start.model.state_dict().items() if name in wanted or ".force." not in name}
+    _check_fit(found, wanted, start.path / WEIGHTS)
     model.load_state_dict(found)
 
 

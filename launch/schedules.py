@@ -88,6 +88,20 @@ class MultiStepSchedule(Schedule):
         return self.gamma ** bisect_right(self.milestones, step)
 
 
+class ExponentialSchedule(Schedule):
+    """The factor is multiplied by `gamma` after each epoch: 0.95 is the paper's fine-tuning for IS2RE."""
+
+    name = "exponential"
+
+    def __init__(self, *, steps_per_epoch: int, gamma: float = 0.95, **warmup: Any) -> None:
+        super().__init__(**warmup)
+        self.steps_per_epoch = steps_per_epoch
+        self.gamma = gamma
+
+    def _decay(self, step: int) -> float:
+        return self.gamma ** (step // self.steps_per_epoch)
+
+
 class PlateauSchedule(Schedule):
     """The factor is multiplied by `factor` once more than `patience` evaluations in a row brought no improvement.
 
@@ -126,15 +140,19 @@ class PlateauSchedule(Schedule):
         return self.scale
 
 
-SCHEDULES = {schedule.name: schedule for schedule in (Schedule, CosineSchedule, MultiStepSchedule, PlateauSchedule)}
+SCHEDULES = {
+    schedule.name: schedule
+    for schedule in (Schedule, CosineSchedule, ExponentialSchedule, MultiStepSchedule, PlateauSchedule)
+}
 
 
-def build_schedule(name: str, total_steps: int, **settings: Any) -> Schedule:
+def build_schedule(name: str, total_steps: int, steps_per_epoch: int = 1, **settings: Any) -> Schedule:
     """A schedule by name.
 
     Args:
         name: one of `SCHEDULES`.
         total_steps: length of the run; only the cosine needs it.
+        steps_per_epoch: only the exponential needs it.
         settings: the arguments of the schedule, warm-up included.
 
     Raises:
@@ -144,4 +162,6 @@ def build_schedule(name: str, total_steps: int, **settings: Any) -> Schedule:
         raise ValueError(f"unknown learning-rate schedule {name!r}; known: {', '.join(sorted(SCHEDULES))}")
     if name == CosineSchedule.name:
         settings["total_steps"] = total_steps
+    if name == ExponentialSchedule.name:
+        settings["steps_per_epoch"] = steps_per_epoch
     return SCHEDULES[name](**settings)

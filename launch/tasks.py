@@ -1,4 +1,7 @@
-"""S2EF, structure to energy and forces: normalised targets, OC20's loss, physical predictions."""
+"""What models are trained for: S2EF (structure to energy and forces) and IS2RE (initial structure to relaxed energy).
+
+Normalised targets, OC20's losses, physical predictions.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,13 @@ class Normalizer:
                 )
 
     @classmethod
-    def from_statistics(cls, statistics: dict[str, Any]) -> Normalizer:
-        """From a training store's statistics, as OC20 does: the energy's standard deviation scales forces too."""
-        mean, std = statistics["energy"]["mean"], statistics["energy"]["std"]
+    def from_statistics(cls, statistics: dict[str, Any], energy: str = "energy") -> Normalizer:
+        """From a training store's statistics, as OC20 does: the energy's standard deviation scales forces too.
+
+        Args:
+            energy: "energy" or "energy_relaxed", that which is learnt.
+        """
+        mean, std = statistics[energy]["mean"], statistics[energy]["std"]
         if not std:
             raise ValueError(
                 "all training energies are equal, so they cannot be normalised; set task.normalizer by hand"
@@ -92,3 +99,27 @@ class S2EF(nn.Module):
             total=graph.partition.total,
         )
         return loss, Prediction(prediction.energy.detach(), prediction.forces.detach())
+
+
+class IS2RE(nn.Module):
+    """A model together with its loss, as `S2EF`: the relaxed energy directly from the initial structure.
+
+    Loss (OC20): mean |dE| over structures, on normalised targets.
+    """
+
+    def __init__(self, model: nn.Module, normalizer: Normalizer) -> None:
+        super().__init__()
+        self.model = model
+        self.normalizer = normalizer
+
+    def trained_atoms(self, batch: AtomBatch) -> Tensor:
+        """(V,) bool: no forces count."""
+        return torch.zeros_like(batch.fixed)
+
+    def forward(self, graph: ExtendedGraph, batch: AtomBatch, counts: Tensor) -> tuple[Tensor, Prediction]:
+        """The loss of a labelled batch, and the (detached, normalised) prediction."""
+        energy = self.model(graph).energy
+        assert batch.energy_relaxed is not None
+        scale = self.normalizer
+        target = ((batch.energy_relaxed - scale.energy_mean) / scale.energy_std).to(energy.dtype)
+        return (energy - target).abs().sum() / counts[0], Prediction(energy.detach(), None)

@@ -22,21 +22,23 @@ from torch import Tensor
 from egnscale.data.batch import AtomBatch
 from egnscale.data.sampler import BalancedBatchSampler
 from egnscale.launch.config import RunConfig
-from egnscale.launch.evaluation import evaluate_s2ef, non_finite
+from egnscale.launch.evaluation import evaluate_is2re, evaluate_s2ef, non_finite
 from egnscale.launch.loading import make_loader, open_labelled, sizes_for_balance, validation_splits
 from egnscale.launch.reporting import RunLog, TrainingProgress, plot_training
 from egnscale.launch.run_files import (
     RUN,
     WEIGHTS,
+    load_trained,
     read_run,
     read_weights,
     recorded_model,
     run_record,
     save_weights,
+    start_weights,
 )
 from egnscale.launch.schedules import build_schedule
-from egnscale.launch.tasks import S2EF, Normalizer
-from egnscale.models import ExtendedGraph, Prediction, build_model, count_parameters, model_config
+from egnscale.launch.tasks import IS2RE, S2EF, Normalizer
+from egnscale.models import AtomModelConfig, ExtendedGraph, Prediction, build_model, count_parameters, model_config
 from egnscale.models.scale_factors import fit_scale_factors, unfitted
 from egnscale.scaling.agreement import check_agreement, run_facts
 from egnscale.scaling.checkpoint import LATEST, find_checkpoint, save_checkpoint, verify_checkpoint, write_text
@@ -100,31 +102,31 @@ class Trainer:
         self.best: dict[str, float] = {}
         self.evaluations: dict[str, dict[str, float]] = {}
 
-        self.model_config = model_config(config.model.preset, name=config.model.name, **config.model.hyperparameters())
+        self.start = load_trained(config.task.init_from) if config.task.init_from is not None else None
+        self.model_config = self._model_config()
         self._check_combination()
-        self.train_store = open_labelled(config.data.train, self.model_config.num_elements)
-        self.val_stores = {
-            name: open_labelled(path, self.model_config.num_elements) for name, path in self._val_splits().items()
-        }
+        elements, task = self.model_config.num_elements, config.task.name
+        self.train_store = open_labelled(config.data.train, elements, task)
+        self.val_stores = {name: open_labelled(path, elements, task) for name, path in self._val_splits().items()}
         resumed = self._find_resumed(resume)
         self.normalizer = self._normalizer(resumed)
         self.sampler = self._sampler(self.train_store, config.optim.batch_size, shuffle=True)
         self.total_steps = self._total_steps()
         schedule = config.optim.scheduler.model_dump()
-        self.schedule = build_schedule(schedule.pop("name"), self.total_steps, **schedule)
+        self.schedule = build_schedule(
+            schedule.pop("name"), self.total_steps, steps_per_epoch=self._steps_per_epoch(), **schedule
+        )
 
         torch.manual_seed(config.task.seed)  # the same weights on every rank
         model = build_model(self.model_config)
         self.mesh.name_layers(model.layers)
-        self.objective = S2EF(
-            model,
-            self.normalizer,
-            energy_coefficient=config.task.energy_coefficient,
-            force_coefficient=config.task.force_coefficient,
-            free_atoms_only=config.task.train_on_free_atoms,
-        )
+        self.objective = self._objective(model)
         if resumed is None:
+            if self.start is not None:
+                start_weights(model, self.start)
+                self.say(f"starts with the weights of {self.start.path}")
             self._fit_scale_factors()
+        self.start = None  # its memory is not needed any more
         ds = complete_ds_config(
             ds,
             zero=config.parallel.zero,
@@ -143,6 +145,21 @@ class Trainer:
 
     # Setting up
 
+    def _model_config(self) -> AtomModelConfig:
+        """What the configuration says; where a run starts from a checkpoint, the rest from that checkpoint's model."""
+        given = self.config.model
+        values = given.hyperparameters()
+        if self.config.task.name == "is2re":
+            values = {"forces": "none"} | values
+        if self.start is None:
+            return model_config(given.preset, name=given.name, **values)
+        if given.preset is not None:
+            raise ValueError("task.init_from brings the sizes of its model; leave model.preset out")
+        before = self.start.model.config
+        if given.name not in (None, before.name):
+            raise ValueError(f"task.init_from is a {before.name}, model.name says {given.name}; leave model.name out")
+        return model_config(name=before.name, **{**asdict(before), **values})
+
     def _check_combination(self) -> None:
         forces, name = self.model_config.forces, self.config.task.name
         if forces == "conservative" and self.config.parallel.zero == 3:
@@ -152,6 +169,20 @@ class Trainer:
             )
         if forces == "none" and name == "s2ef":
             raise ValueError("task s2ef trains forces, and model.forces is none; choose direct or conservative")
+        if forces != "none" and name == "is2re":
+            raise ValueError(f"task is2re trains energies alone, and model.forces is {forces}; leave it out")
+
+    def _objective(self, model: torch.nn.Module) -> S2EF | IS2RE:
+        task = self.config.task
+        if task.name == "is2re":
+            return IS2RE(model, self.normalizer)
+        return S2EF(
+            model,
+            self.normalizer,
+            energy_coefficient=task.energy_coefficient,
+            force_coefficient=task.force_coefficient,
+            free_atoms_only=task.train_on_free_atoms,
+        )
 
     def _make_directory(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -200,7 +231,7 @@ class Trainer:
         """The stores to validate on; a directory of `val_*` stores stands for all of them."""
         splits: dict[str, Path] = {}
         for name, path in self.config.data.val.items():
-            found = validation_splits(path)
+            found = validation_splits(path, self.config.task.name)
             splits |= found if len(found) > 1 or name == "val" else {name: next(iter(found.values()))}
         return splits
 
@@ -225,8 +256,11 @@ class Trainer:
         if resumed is not None:
             return Normalizer(**resumed[1]["normalizer"])
         given = self.config.task.normalizer
+        if given == "auto" and self.start is not None:
+            return self.start.normalizer  # its last layers learnt to give energies in these units
         if given == "auto":
-            return Normalizer.from_statistics(self.train_store.metadata["statistics"])
+            label = "energy_relaxed" if self.config.task.name == "is2re" else "energy"
+            return Normalizer.from_statistics(self.train_store.metadata["statistics"], label)
         if self.model_config.forces == "conservative" and given.force_std != given.energy_std:
             raise ValueError(
                 f"task.normalizer: energy_std is {given.energy_std} and force_std {given.force_std}; conservative "
@@ -250,6 +284,9 @@ class Trainer:
             return optim.max_steps
         assert optim.max_epochs is not None
         return math.ceil(optim.max_epochs * len(self.sampler) / optim.gradient_accumulation)
+
+    def _steps_per_epoch(self) -> int:
+        return max(1, round(len(self.sampler) / self.config.optim.gradient_accumulation))
 
     def _optimizer(self) -> torch.optim.AdamW:
         optim = self.config.optim
@@ -468,7 +505,7 @@ class Trainer:
                 log.evaluation(self.step, name, metrics)
             # Only like is compared with like: a part of the split is not the whole.
             if name == names[0] and (not all_splits or self.config.task.eval_batches is None):
-                metric = self.config.task.primary_metric
+                metric = self.config.task.metric
                 # Errors are better low; a fraction within a threshold is better high.
                 value = -metrics[metric] if metric.endswith("within_threshold") else metrics[metric]
                 self.schedule.observe(value)
@@ -483,16 +520,15 @@ class Trainer:
         sampler = self._sampler(store, optim.eval_batch_size or optim.batch_size, shuffle=False)
 
         def evaluate() -> dict[str, float]:
-            return evaluate_s2ef(
-                self._predict,
-                self._loader(store, sampler),
-                self.normalizer,
-                self.world.device,
-                place=self.mesh.place,
-                free_atoms_only=self.config.task.eval_on_free_atoms,
-                max_batches=max_batches,
-                reduce=self.mesh.sum_over_data,
-            )
+            how: dict[str, Any] = {
+                "place": self.mesh.place,
+                "max_batches": max_batches,
+                "reduce": self.mesh.sum_over_data,
+            }
+            what = (self._predict, self._loader(store, sampler), self.normalizer, self.world.device)
+            if self.config.task.name == "is2re":
+                return evaluate_is2re(*what, **how)
+            return evaluate_s2ef(*what, free_atoms_only=self.config.task.eval_on_free_atoms, **how)
 
         if self.ema is None:
             return evaluate()

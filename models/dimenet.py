@@ -23,12 +23,11 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from egnscale.models.basis import BesselBasis, SineBasis
 from egnscale.models.forces import Forces, Prediction, conservative
 from egnscale.models.graph import ExtendedGraph, Pending
-from egnscale.models.layers import BiasedResidual, Linear
+from egnscale.models.layers import BiasedResidual, Linear, silu
 from egnscale.models.segments import segment_sum_backend
 from egnscale.models.triplets import PathHarmonics, path_harmonics, path_sum
 

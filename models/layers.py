@@ -9,12 +9,71 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 INV_SQRT_2 = 1 / math.sqrt(2)
+
+
+class _SiLU(torch.autograd.Function):
+    """x sigmoid(x). Keeps x; for forces that are trained, the incoming gradient besides.
+
+    torch's own silu is taken apart for second derivatives, and keeps seven tensors in place of these two.
+    """
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.nn.functional.silu(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _SiLUSlope.apply(grad, *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return _SiLUSlope.apply(tangent, *ctx.saved_tensors)
+
+
+class _SiLUSlope(torch.autograd.Function):
+    """grad * silu'(x), differentiable in both."""
+
+    @staticmethod
+    def forward(grad: Tensor, x: Tensor) -> Tensor:
+        return torch.ops.aten.silu_backward(grad, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, Tensor]:
+        grad, x = ctx.saved_tensors
+        return _SiLUSlope.apply(outer, x), _times_silu_curvature(outer * grad, x)
+
+    @staticmethod
+    def jvp(ctx: Any, grad_tangent: Tensor, x_tangent: Tensor) -> Tensor:
+        grad, x = ctx.saved_tensors
+        return _SiLUSlope.apply(grad_tangent, x) + _times_silu_curvature(grad * x_tangent, x)
+
+
+def _times_silu_curvature(y: Tensor, x: Tensor) -> Tensor:
+    """y silu''(x) = y s (1 - s) (2 + x - 2 x s), s = sigmoid(x); in few passes over memory."""
+    s = torch.sigmoid(x)
+    y = torch.ops.aten.sigmoid_backward(y, s)
+    return torch.add(y * torch.addcmul(x, x, s, value=-2), y, alpha=2)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x), with derivatives of every order that keep little."""
+    return _SiLU.apply(x)
 
 
 def scaled_silu(x: Tensor) -> Tensor:

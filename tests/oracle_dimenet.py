@@ -11,6 +11,7 @@ num_radial.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -41,13 +42,21 @@ def list_paths(graph: ExtendedGraph) -> Paths:
     return Paths(kj[different], ji[different])
 
 
-def dimenet(model: DimeNetPlusPlus, graph: ExtendedGraph, *, angle: str = "", paths: Paths | None = None) -> Prediction:
+def dimenet(
+    model: DimeNetPlusPlus,
+    graph: ExtendedGraph,
+    *,
+    angle: str = "",
+    paths: Paths | None = None,
+    act: Callable[[Tensor], Tensor] = silu,
+) -> Prediction:
     """Energies (B,) and conservative forces (V, 3), differentiable, with the parameters of `model`.
 
     Args:
         angle: compute it, as "arctangent" (the public implementation) or "arccosine" (infinite slope at 0 and 180
             degrees); or only its cosine.
         paths: those of `graph`, to keep their listing out of a measurement.
+        act: the SiLU, or another of its kernels.
     """
     kj, ji = paths or list_paths(graph)
     positions = graph.positions.detach().requires_grad_()
@@ -81,19 +90,19 @@ def dimenet(model: DimeNetPlusPlus, graph: ExtendedGraph, *, angle: str = "", pa
         h = torch.zeros(graph.num_atoms, m.shape[1], dtype=m.dtype, device=m.device)
         h = _linear(layer.lin_up, h.index_add(0, target, _linear(layer.lin_rbf, rbf) * m))
         for lin in layer.lins:
-            h = silu(_linear(lin, h))
+            h = act(_linear(lin, h))
         return _linear(layer.lin, h)
 
     def interaction(layer: Any, m: Tensor) -> Tensor:
-        m_ji, m_kj = silu(_linear(layer.lin_ji, m)), silu(_linear(layer.lin_kj, m))
-        m_kj = silu(_linear(layer.lin_down, m_kj * _linear(layer.lin_rbf2, _linear(layer.lin_rbf1, rbf))))
+        m_ji, m_kj = act(_linear(layer.lin_ji, m)), act(_linear(layer.lin_kj, m))
+        m_kj = act(_linear(layer.lin_down, m_kj * _linear(layer.lin_rbf2, _linear(layer.lin_rbf1, rbf))))
         of_paths = m_kj[kj] * _linear(layer.lin_sbf2, _linear(layer.lin_sbf1, sbf))  # (Q, I)
         summed = torch.zeros_like(m_kj).index_add(0, ji, of_paths)
-        h = _residuals(layer.layers_before_skip, m_ji + silu(_linear(layer.lin_up, summed)))
-        return _residuals(layer.layers_after_skip, silu(_linear(layer.lin, h)) + m)
+        h = _residuals(layer.layers_before_skip, act, m_ji + act(_linear(layer.lin_up, summed)))
+        return _residuals(layer.layers_after_skip, act, act(_linear(layer.lin, h)) + m)
 
     h = embedding.atom_embedding[graph.atomic_numbers]
-    m = silu(_linear(embedding.lin, torch.cat([h[target], h[source], silu(_linear(embedding.lin_rbf, rbf))], dim=1)))
+    m = act(_linear(embedding.lin, torch.cat([h[target], h[source], act(_linear(embedding.lin_rbf, rbf))], dim=1)))
     energy = output(embedding.output, m)
     for block in model.blocks:
         m = interaction(block.interaction, m)
@@ -107,9 +116,9 @@ def _linear(layer: Any, x: Tensor) -> Tensor:
     return x @ layer.weight.t() + (0 if layer.bias is None else layer.bias)
 
 
-def _residuals(layers: Any, x: Tensor) -> Tensor:
+def _residuals(layers: Any, act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     for layer in layers:
-        x = x + silu(_linear(layer.lin2, silu(_linear(layer.lin1, x))))
+        x = x + act(_linear(layer.lin2, act(_linear(layer.lin1, x))))
     return x
 
 

@@ -12,19 +12,22 @@ from spawn import spawn
 from toy import samples
 
 from egnscale.data.batch import Collate
-from egnscale.data.neighbors import GraphSpec
 from egnscale.data.sample import Sample
 from egnscale.data.sampler import deal
-from egnscale.launch.loading import PartCollate
+from egnscale.launch.loading import PartCollate, graph_spec
 from egnscale.launch.tasks import S2EF, Normalizer
 from egnscale.models import build_model
 from egnscale.scaling.ds_config import complete_ds_config, read_ds_config
 
-SIZES = {
+GEMNET = {
     "num_blocks": 2, "emb_size_atom": 8, "emb_size_edge": 12, "emb_size_trip": 6, "emb_size_bil_trip": 5,
-    "num_radial": 8, "emb_size_rbf": 4, "emb_size_cbf": 4, "num_spherical": 3, "cutoff": 4.0,
+    "num_radial": 8, "emb_size_rbf": 4, "emb_size_cbf": 4, "num_spherical": 3, "cutoff": 4.0, "max_neighbors": 20,
 }  # fmt: skip
-COLLATE = Collate(GraphSpec(4.0, 20))
+DIMENET = {
+    "num_blocks": 2, "hidden_channels": 12, "out_emb_channels": 10, "int_emb_size": 6, "basis_emb_size": 4,
+    "num_radial": 4, "num_spherical": 3, "cutoff": 4.0, "max_neighbors": 20,
+}  # fmt: skip
+MODELS = {"gemnet": GEMNET, "gemnet, conservative": GEMNET | {"forces": "conservative"}, "dimenet": DIMENET}
 NORMALIZER = Normalizer(1.0, 2.0, 2.0)
 STEPS = 20
 TOLERANCE = {"sgd": 1e-5, "adamw": 1e-4}
@@ -36,11 +39,12 @@ class Case(NamedTuple):
     zero: int
     optimizer: str
     clip: float | None
+    model: str = "gemnet"
 
     @property
     def name(self) -> str:
         clip = "clipped" if self.clip else "not clipped"
-        return f"graph {self.graph} x data {self.data}, ZeRO-{self.zero}, {self.optimizer}, {clip}"
+        return f"{self.model}, graph {self.graph} x data {self.data}, ZeRO-{self.zero}, {self.optimizer}, {clip}"
 
 
 #: The gradient's norm is between 2 and 40 in these runs: 0.5 always clips.
@@ -56,15 +60,40 @@ QUICK = [
     )
 ] + [Case(1, 1, 1, "adamw", 0.5)]
 
+CONSERVATIVE = [
+    Case(graph, data, zero, optimizer, clip, model)
+    for model in ("gemnet, conservative", "dimenet")
+    for graph, data in ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2))
+    for zero in range(3)
+    for optimizer, clip in (("sgd", None), ("sgd", 0.5), ("adamw", None))
+]
+#: Every stage and layout, and both models, at least once.
+QUICK_CONSERVATIVE = [
+    Case(2, 1, 0, "sgd", None, "dimenet"),
+    Case(2, 1, 2, "sgd", 0.5, "dimenet"),
+    Case(2, 1, 1, "sgd", None, "gemnet, conservative"),
+    Case(1, 2, 2, "sgd", None, "gemnet, conservative"),
+    Case(3, 1, 1, "sgd", None, "dimenet"),
+    Case(3, 1, 2, "sgd", 0.5, "gemnet, conservative"),
+]
+
 
 @cache
 def structures_of(step: int) -> list[Sample]:
     return samples(4, seed=step)
 
 
-def objective() -> S2EF:
+def objective(model: str) -> S2EF:
     torch.manual_seed(3)
-    return S2EF(build_model(**SIZES), NORMALIZER, force_coefficient=10.0)
+    network = build_model(**MODELS[model])
+    for name, parameter in network.named_parameters():
+        if name.endswith("output.lin.weight"):  # starts at zero, and would leave nothing to compare in the first steps
+            torch.nn.init.normal_(parameter, std=0.1)
+    return S2EF(network, NORMALIZER, force_coefficient=10.0)
+
+
+def collate_of(model: torch.nn.Module) -> Collate:
+    return Collate(graph_spec(model.config))
 
 
 def make_optimizer(name: str, module: torch.nn.Module) -> torch.optim.Optimizer:
@@ -80,8 +109,8 @@ def run(world: Any, case: Case, wrong: bool = False) -> list[float]:
 
     mesh = Mesh.of_world(world.device, graph=case.graph)
     assert mesh.layout.data == case.data
-    collate = PartCollate(COLLATE, case.graph, mesh.graph_rank)
-    module = objective()
+    module = objective(case.model)
+    collate = PartCollate(collate_of(module.model), case.graph, mesh.graph_rank)
     config = complete_ds_config(
         read_ds_config(f"zero{case.zero}"),
         zero=case.zero,
@@ -117,19 +146,20 @@ def _own_total(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 def all_cases(world: Any, cases: list[Case]) -> dict[str, list[float]]:
     found = {case.name: run(world, case) for case in cases if case.graph * case.data == world.size}
-    if world.size == 2:
+    if world.size == 2 and QUICK[0].model in {case.model for case in cases}:
         found["control"] = run(world, Case(2, 1, 1, "sgd", None), wrong=True)
     return found
 
 
 @cache
-def reference(optimizer_name: str, clip: float | None) -> list[float]:
+def reference(optimizer_name: str, clip: float | None, model: str = "gemnet") -> list[float]:
     """One plain process, no DeepSpeed."""
-    module = objective()
+    module = objective(model)
+    collate = collate_of(module.model)
     optimizer = make_optimizer(optimizer_name, module)
     losses = []
     for step in range(STEPS):
-        graph, labels = COLLATE(structures_of(step))
+        graph, labels = collate(structures_of(step))
         loss, _ = module(graph, labels, torch.tensor([graph.num_systems, int((~labels.fixed).sum())]))
         optimizer.zero_grad()
         loss.backward()
@@ -140,17 +170,23 @@ def reference(optimizer_name: str, clip: float | None) -> list[float]:
     return losses
 
 
-def check(cases: list[Case]) -> None:
+def check(cases: list[Case]) -> dict[str, list[float]]:
+    """Losses of each case, and of a control where there is one."""
     found: dict[str, list[float]] = {}
     for size in sorted({case.graph * case.data for case in cases}):
         found |= spawn(size, all_cases, cases, timeout=900)[0]
     errors = {}
     for case in cases:
-        wanted = reference(case.optimizer, case.clip)
+        wanted = reference(case.optimizer, case.clip, case.model)
         error = max(abs(a - b) / abs(b) for a, b in zip(found[case.name], wanted, strict=True))
         if not error < TOLERANCE[case.optimizer]:
             errors[case.name] = error
     assert errors == {}
+    return found
+
+
+def check_with_controls(cases: list[Case]) -> None:
+    found = check(cases)
     wanted = reference("sgd", None)
     control = max(abs(a - b) / abs(b) for a, b in zip(found["control"], wanted, strict=True))
     assert control > 100 * TOLERANCE["sgd"], "a wrong gradient goes unnoticed"
@@ -159,10 +195,20 @@ def check(cases: list[Case]) -> None:
 
 
 def test_twenty_steps_are_those_of_one_process() -> None:
-    check(QUICK)
+    check_with_controls(QUICK)
+
+
+def test_twenty_conservative_steps_are_those_of_one_process() -> None:
+    check(QUICK_CONSERVATIVE)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_twenty_steps_of_every_layout() -> None:
-    check(FULL)
+    check_with_controls(FULL)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_twenty_conservative_steps_of_every_layout() -> None:
+    check(CONSERVATIVE)

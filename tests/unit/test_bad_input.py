@@ -77,6 +77,18 @@ def evaluate(place: Path) -> list[str]:
     return ["evaluate", f"{place}/run", f"{place}/data/s2ef/val_id"]
 
 
+def relax(*more: str) -> Callable[[Path], list[str]]:
+    return lambda place: ["relax", f"{place}/run", f"{place}/data/s2ef/val_id", f"{place}/new", *more]
+
+
+def relax_file(name: str) -> Callable[[Path], list[str]]:
+    return lambda place: ["relax", f"{place}/run", f"{place}/{name}", f"{place}/new"]
+
+
+def evaluate_with(*more: str) -> Callable[[Path], list[str]]:
+    return lambda place: [*evaluate(place), *more]
+
+
 def nothing(place: Path) -> None:
     pass
 
@@ -214,6 +226,40 @@ CASES: dict[str, tuple[Callable[[Path], None], Callable[[Path], list[str]], str]
     "other weights": (other_weights, evaluate, "dense_ca"),
     "nothing to evaluate on": (nothing, lambda place: ["evaluate", f"{place}/run", f"{place}/run"], "val_"),
     "batch of none": (nothing, lambda place: [*evaluate(place), "--batch-size", "0"], "--batch-size"),
+    "none of them": (nothing, evaluate_with("--max-structures", "0"), "--max-structures"),
+    "not npz": (nothing, evaluate_with("--predictions", "out.csv"), ".npz"),
+    "relaxations of s2ef": (nothing, evaluate_with("--out", "new"), "--out"),
+    "reference of s2ef": (nothing, evaluate_with("--reference", "emt"), "--reference is for --task is2rs"),
+    "two references": (
+        nothing,
+        evaluate_with("--task", "is2rs", "--reference", "emt", "--reference-results", "x.traj"),
+        "give one",
+    ),
+    "no results": (nothing, evaluate_with("--task", "is2rs", "--reference-results", "x.traj"), "x.traj does not exist"),
+    "shared graphs": (nothing, evaluate_with("--task", "is2rs", "--graph", "2"), "--graph"),
+    "no relaxed structures": (nothing, evaluate_with("--task", "is2rs"), "positions_relaxed"),
+    "no relaxed energies": (nothing, evaluate_with("--task", "is2re"), "energy_relaxed"),
+    # relaxations
+    "no structures": (nothing, relax_file("none.traj"), "none.traj does not exist"),
+    "empty file": (write("in.extxyz", ""), relax_file("in.extxyz"), "in.extxyz"),
+    "no structure file": (write("in.traj", "hello"), relax_file("in.traj"), "in.traj cannot be read as structures"),
+    "a directory": (nothing, relax_file("run"), "run"),
+    "damaged store": (
+        truncate("data/s2ef/val_id/metadata.json"),
+        relax(),
+        "metadata.json",
+    ),
+    "results in the way": (write("new", "here"), relax(), "new is a file"),
+    "something in the way": (
+        nothing,
+        lambda place: [*relax()(place)[:3], f"{place}/data"],
+        "holds no relaxations",
+    ),
+    "negative fmax": (nothing, relax("--fmax", "-1"), "fmax"),
+    "no step": (nothing, relax("--maxstep", "0"), "maxstep"),
+    "no memory": (nothing, relax("--memory", "0"), "memory"),
+    "relax none": (nothing, relax("--batch-size", "0"), "--batch-size"),
+    "unknown device": (nothing, relax("--device", "quantum"), "--device quantum"),
     # making data
     "too few systems": (nothing, lambda place: ["data", "make", f"{place}/new", "--structures", "3"], "3"),
     "unknown metal": (nothing, lambda place: ["data", "make", f"{place}/new", "--metals", "Cu,Xx"], "Xx"),
@@ -247,6 +293,7 @@ def test_one_clear_line(case: str, place: Path, capfd: pytest.CaptureFixture[str
 def test_the_healthy_place_is_accepted(place: Path) -> None:
     """The cases above fail for what was spoiled, not by themselves."""
     assert main([*evaluate(place), "--json"]) == 0
+    assert main([*relax("--steps", "1", "--device", "cpu")(place), "--json"]) == 0
     assert main([*resume("optim.max_steps=5")(place), "--json"]) == 0
 
 

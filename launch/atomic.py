@@ -1,0 +1,36 @@
+"""Files that are whole or not there, whatever kills the process that writes them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; what was written there is synchronised and takes its place at the end.
+
+        with replacing(out) as temporary:
+            temporary.write_text("...")
+
+    Several processes may write the same path: the last one wins. Where the block raises, nothing is left.
+
+    Raises:
+        OSError: where the directory cannot be made, or the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last: writers choose their format by it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

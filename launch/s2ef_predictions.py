@@ -1,0 +1,78 @@
+"""S2EF predictions of whole splits, collected for a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+
+from egnscale.data.batch import AtomBatch
+from egnscale.data.store import Store
+from egnscale.launch.submission import Arrays, s2ef_predictions
+from egnscale.launch.tasks import Normalizer
+from egnscale.models import ExtendedGraph, Prediction
+from egnscale.scaling.engine import gather_over_ranks
+from egnscale.scaling.layout import Mesh
+
+Key = tuple[int, int]
+
+
+class Recorder:
+    """Keeps what was predicted: energies, and forces of free atoms.
+
+        recorder = Recorder(mesh)
+        evaluate_s2ef(..., record=recorder)
+        arrays = recorder.arrays(store)
+
+    Calling it is collective over ranks that share a graph, `arrays` over all.
+    """
+
+    def __init__(self, mesh: Mesh, *, full_precision: bool = False) -> None:
+        self.mesh, self.full_precision = mesh, full_precision
+        self._predictions: dict[Key, tuple[float, np.ndarray]] = {}
+
+    def __call__(self, prediction: Prediction, graph: ExtendedGraph, batch: AtomBatch) -> None:
+        """Add a batch, in eV and eV/A.
+
+        Raises:
+            ValueError: if the model predicts no forces.
+        """
+        if prediction.forces is None:
+            raise ValueError("the model predicts no forces, and s2ef predictions hold them")
+        # Collected together, so that ranks exchange once: whether an atom is fixed is known to the rank that owns it.
+        rows = torch.cat([prediction.forces.double(), batch.fixed[:, None].double()], dim=1)
+        rows = self.mesh.collect(rows, graph).cpu()
+        if self.mesh.graph_rank > 0:
+            return
+        keys = zip(batch.sid.tolist(), batch.fid.tolist(), strict=True)
+        for key, energy, own in zip(
+            keys, prediction.energy.tolist(), rows.split(batch.num_atoms.tolist()), strict=True
+        ):
+            forces = own[own[:, 3] == 0, :3].numpy()
+            self._predictions[key] = (energy, forces.astype("float32" if self.full_precision else "float16"))
+
+    def arrays(self, store: Store, count: int) -> Arrays:
+        """Of the first `count` structures of the store, in its order; the same on every rank."""
+        together: dict[Key, tuple[float, np.ndarray]] = {}
+        for part in gather_over_ranks(self._predictions):
+            together |= part
+        keys = list(zip(store.sid[:count].tolist(), store.fid[:count].tolist(), strict=True))
+        energies, forces = zip(*(together[key] for key in keys), strict=True)
+        return s2ef_predictions(keys, energies, forces, full_precision=self.full_precision)
+
+
+@torch.no_grad()
+def predict_s2ef(
+    predict: Callable[[ExtendedGraph], Prediction],
+    batches: Iterable[tuple[ExtendedGraph, AtomBatch]],
+    normalizer: Normalizer,
+    mesh: Mesh,
+    record: Recorder,
+    observe: Callable[[AtomBatch], None],
+) -> None:
+    """Predict structures that have no labels."""
+    for graph, batch in batches:
+        graph, batch = mesh.place(graph), batch.to(mesh.device)
+        record(normalizer.physical(predict(graph)), graph, batch)
+        observe(batch)
