@@ -239,6 +239,34 @@ def test_evaluation_and_calculator(
     assert atoms.get_potential_energy() == expected.energy.item()
 
 
+TRAINING = """\
+data: {{train: {data}/s2ef/train}}
+model: {{}}
+task: {{output: {output}, init_from: {start}, log_every: 1}}
+optim: {{batch_size: 1, max_steps: 1, lr_initial: 1.0e-4, weight_decay: 0.01}}
+"""
+
+
+@both
+def test_training_goes_on_from_it(architecture: str, save: Callable[..., Path], tmp_path: Path) -> None:
+    out = imported(save(checkpoint(architecture)))
+    places = {"data": make_dataset(tmp_path / "data", 2, 1), "output": tmp_path / "run", "start": out}
+    config = tmp_path / "config.yaml"
+    config.write_text(TRAINING.format(**places))
+    assert main(["train", str(config), "data.workers=0", "--json"]) == 0
+    before, after = load_trained(out), load_trained(tmp_path / "run")
+    assert after.model.config == before.model.config
+    assert after.normalizer == before.normalizer
+    weights = after.model.state_dict()
+    for name, value in before.model.state_dict().items():
+        if name.endswith("scale_factor"):
+            assert torch.equal(weights[name], value)
+        else:
+            assert (weights[name] - value).abs().max() < 3e-4  # one step of 1e-4
+    with torch.no_grad():
+        assert not torch.equal(predict(before.model).energy, predict(after.model).energy)
+
+
 @both
 def test_weights_can_be_chosen(architecture: str, save: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
     content = checkpoint(architecture, "averaged")
