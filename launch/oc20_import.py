@@ -198,6 +198,8 @@ def _check_names(file: Oc20File, named: Mapping[str, Tensor], config: AtomModelC
 def _chosen_weights(file: Oc20File, named: Mapping[str, Tensor], choice: str) -> tuple[dict[str, Tensor], str]:
     """(weights by public name, "ema" or "model"). Averaged weights come as a list, in the order of the state dict."""
     weights = {name: value for name, value in named.items() if not name.endswith(SCALE_FACTOR)}
+    if choice == "auto" and file.data.get("ema") is not None and not file.has_ema:
+        raise ValueError("its averaged weights (ema) are of an unknown form; --weights model leaves them out")
     if choice == "model" or (choice == "auto" and not file.has_ema):
         return weights, "model"
     if not file.has_ema:

@@ -134,12 +134,15 @@ def element_references(
     """
     found: dict[str, list[float]] = {}
     stored = data.get("elementrefs")
-    for name, block in stored.items() if isinstance(stored, dict) else ():
+    stored = {} if stored is None else stored
+    if not isinstance(stored, dict):
+        raise ValueError(f"elementrefs is {short(stored)}; expected a value for each element")
+    for name, block in stored.items():
         for value in block.values() if isinstance(block, dict) else (block,):
-            if isinstance(value, Tensor) and value.dim() <= 2 and value.numel() <= 1000 and bool((value != 0).any()):
+            if not isinstance(value, Tensor) or value.numel() > 1000:
+                raise ValueError(f"elementrefs: {short(name)} is {short(value)}; expected a value for each element")
+            if bool((value != 0).any()):
                 found[short(name)] = [float(number) for number in value.flatten()]
-            elif isinstance(value, Tensor) and value.numel() > 1000:
-                raise ValueError(f"elementrefs: {short(name)} has {value.numel()} values, more than there are elements")
     blocks = [block.get("transforms") for _, block in _dataset_blocks(config)]
     configured = any(isinstance(block, dict) and block.get("element_references") for block in blocks)
     if not found and not configured:

@@ -276,11 +276,8 @@ def _plain_key(value: Any) -> Any:
     return value
 
 
-class _Mark:
-    pass
-
-
-_MARK = _Mark()
+#: Where a MARK stands on the stack.
+_MARK = object()
 
 
 class Interpreter:
@@ -397,10 +394,10 @@ class Interpreter:
                     self._top(dict)  # attributes of an OrderedDict, such as a state dict's _metadata: of no use here
             case "BINPERSID":
                 push(self._storage(self._pop()))
+            case "INST" | "EXT1" | "EXT2" | "EXT4" | "PERSID":
+                raise _refuse(f"the opcode {name}")
             case _ if isinstance(argument, str | bytes | int | float):
-                push(argument)  # all that is left with an argument are strings, bytes and numbers
-                if name in ("INST", "EXT1", "EXT2", "EXT4", "PERSID"):
-                    raise _refuse(f"the opcode {name}")
+                push(argument)  # all that is left with an argument are texts, bytes and numbers
             case _:
                 raise _refuse(f"the opcode {name}")
 

@@ -282,6 +282,8 @@ def test_weights_can_be_chosen(architecture: str, save: Callable[..., Path], cap
     assert "averaged weights for" in refused_import(capfd, save(content))
     content["ema"]["shadow_params"].append(torch.zeros(3))
     assert "another shape" in refused_import(capfd, save(content))
+    content["ema"] = {"averages": content["ema"]["shadow_params"]}
+    assert "unknown form" in refused_import(capfd, save(content))
 
 
 @both
@@ -515,6 +517,8 @@ def test_element_references_are_not_dropped_in_silence(
     run = load_trained(imported(path, "--without-element-references")).run
     assert run["source"]["element_references"]["energy"][29] == -3.5
     assert "element references" in run["source"]["warnings"][-1]
+    content["elementrefs"] = {"energy": {"element_references": [0.0, -3.5]}}
+    assert "expected a value for each element" in refused_import(capfd, save(content))
     content = checkpoint(GEMNET, "v1, normaliser in the configuration")
     content["config"]["dataset"]["train"]["transforms"]["element_references"] = {"file": "refs.pt"}
     assert "--without-element-references" in refused_import(capfd, save(content, "configured.pt"))
