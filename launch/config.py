@@ -287,14 +287,11 @@ class TaskConfig(_Section):
         description="chooses the best checkpoint and drives the plateau schedule; forces_mae, for is2re energy_mae",
     )
 
-
     @model_validator(mode="after")
     def _metric_of_the_task(self) -> TaskConfig:
         known = PRIMARY_METRICS[self.name]
         if self.primary_metric is not None and self.primary_metric not in known:
-            raise ValueError(
-                f"primary_metric is {self.primary_metric}; task {self.name} has {' and '.join(known)}"
-            )
+            raise ValueError(f"primary_metric is {self.primary_metric}; task {self.name} has {' and '.join(known)}")
         return self
 
     @property
@@ -378,7 +375,10 @@ class OptimConfig(_Section):
             Field(discriminator="name"),
         ],
         BeforeValidator(_named_schedule),
-    ] = Field(default_factory=PlateauScheduler, description="constant, plateau, cosine, multistep or exponential, with its settings")
+    ] = Field(
+        default_factory=PlateauScheduler,
+        description="constant, plateau, cosine, multistep or exponential, with its settings",
+    )
     ema_decay: Annotated[Real, Field(gt=0, lt=1)] | None = Field(
         default=None, description="decay of the averaged weights that are evaluated; null for none; OC20 0.999"
     )

@@ -1,60 +1,110 @@
-"""Evaluate a model on a store: OC20's S2EF metrics, summed over ranks."""
+"""Evaluate a model on a store: OC20's metrics of S2EF and of direct IS2RE, summed over ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from egnscale.data.batch import AtomBatch
 from egnscale.launch.metrics import S2EFMetrics
+from egnscale.launch.relaxation_metrics import IS2REMetrics
 from egnscale.launch.tasks import Normalizer
 from egnscale.models import ExtendedGraph, Prediction
 
+OfBatch = Callable[[Prediction, ExtendedGraph, AtomBatch], None]
 
-@torch.no_grad()
+
 def evaluate_s2ef(
     predict: Callable[[ExtendedGraph], Prediction],
     batches: Iterable[tuple[ExtendedGraph, AtomBatch]],
     normalizer: Normalizer,
     device: torch.device,
     *,
-    place: Callable[[ExtendedGraph], ExtendedGraph] | None = None,
     free_atoms_only: bool = True,
-    max_batches: int | None = None,
-    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
-    record: Callable[[Prediction, ExtendedGraph, AtomBatch], None] = lambda prediction, graph, batch: None,
-    observe: Callable[[AtomBatch], None] = lambda batch: None,
+    **how: Any,
 ) -> dict[str, float]:
-    """Metrics of normalised predictions over labelled batches.
+    """S2EF metrics of normalised predictions over labelled batches.
 
     Args:
-        place: puts a graph on the device (`Mesh.place`; None: that is all).
-        max_batches: stop after so many (None: all).
-        reduce: sums accumulators over replicas.
-        record: called with each batch's prediction, in eV and eV/A.
-        observe: called after each batch, for progress.
+        how: as for `_evaluate`.
 
     Raises:
         ValueError: if a prediction is not finite, naming the structure.
     """
     metrics = S2EFMetrics(energy_mean=normalizer.energy_mean)
+
+    def add(prediction: Prediction, graph: ExtendedGraph, batch: AtomBatch) -> None:
+        assert prediction.forces is not None
+        assert batch.energy is not None
+        assert batch.forces is not None
+        free = ~batch.fixed if free_atoms_only else torch.ones_like(batch.fixed)
+        metrics.update(prediction.energy, prediction.forces, batch.energy, batch.forces, free, graph.partition.total)
+
+    return _evaluate(predict, batches, normalizer, device, metrics, add, **how)
+
+
+def evaluate_is2re(
+    predict: Callable[[ExtendedGraph], Prediction],
+    batches: Iterable[tuple[ExtendedGraph, AtomBatch]],
+    normalizer: Normalizer,
+    device: torch.device,
+    *,
+    energy_mean: float,
+    **how: Any,
+) -> dict[str, float]:
+    """IS2RE metrics of relaxed energies that are predicted directly. As `evaluate_s2ef`.
+
+    Args:
+        energy_mean: mean relaxed energy of the training set, eV: the trivial guess.
+    """
+    metrics = IS2REMetrics(energy_mean=energy_mean)
+
+    def add(prediction: Prediction, graph: ExtendedGraph, batch: AtomBatch) -> None:
+        assert batch.energy_relaxed is not None
+        for found, wanted in zip(prediction.energy.tolist(), batch.energy_relaxed.tolist(), strict=True):
+            metrics.update(found, wanted)
+
+    return _evaluate(predict, batches, normalizer, device, metrics, add, **how)
+
+
+@torch.no_grad()
+def _evaluate(
+    predict: Callable[[ExtendedGraph], Prediction],
+    batches: Iterable[tuple[ExtendedGraph, AtomBatch]],
+    normalizer: Normalizer,
+    device: torch.device,
+    metrics: S2EFMetrics | IS2REMetrics,
+    add: OfBatch,
+    *,
+    place: Callable[[ExtendedGraph], ExtendedGraph] | None = None,
+    max_batches: int | None = None,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+    record: OfBatch = lambda prediction, graph, batch: None,
+    observe: Callable[[AtomBatch], None] = lambda batch: None,
+) -> dict[str, float]:
+    """
+    Args:
+        add: gives the metrics a batch: called with (prediction in eV and eV/A, graph, batch).
+        place: puts a graph on the device (`Mesh.place`; None: that is all).
+        max_batches: stop after so many (None: all).
+        reduce: sums accumulators over replicas.
+        record: called as `add` is.
+        observe: called after each batch, for progress.
+    """
     bad = ""
     for graph, batch in islice(batches, max_batches):
         graph, batch = place(graph) if place else graph.to(device), batch.to(device)
         prediction = normalizer.physical(predict(graph))
         if not bad:
             bad = ", ".join(non_finite(prediction, graph, batch)[:3])
-        assert prediction.forces is not None
-        assert batch.energy is not None
-        assert batch.forces is not None
-        free = ~batch.fixed if free_atoms_only else torch.ones_like(batch.fixed)
-        metrics.update(prediction.energy, prediction.forces, batch.energy, batch.forces, free, graph.partition.total)
+        add(prediction, graph, batch)
         record(prediction, graph, batch)
         observe(batch)
-    sums = metrics.tensor()
+    sums = metrics.tensor().to(device)
     # Every replica learns that one failed, so that none waits for it in a later collective.
     sums = reduce(torch.cat([sums, sums.new_tensor([float(bool(bad))])]))
     if sums[-1]:

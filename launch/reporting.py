@@ -169,7 +169,7 @@ def read_log(path: Path) -> list[dict[str, float | str]]:
 
 
 def plot_training(directory: Path | str) -> Path:
-    """Draw loss, energy error and force error against steps into `training.png`; returns its path.
+    """Draw loss, energy error and (where there are any) force error against steps into `training.png`; returns its path.
 
     Dashed lines are what costs nothing: predicting the training set's mean energy, and no forces.
     """
@@ -178,18 +178,20 @@ def plot_training(directory: Path | str) -> Path:
 
     directory = Path(directory)
     train, evaluations = read_log(directory / TRAIN_LOG), read_log(directory / EVAL_LOG)
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    with_forces = any("forces_mae" in row for row in evaluations) or not evaluations
+    figure = Figure(figsize=(12 if with_forces else 8, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, energy, forces = figure.subplots(1, 3)
+    loss, energy, *forces = figure.subplots(1, 3 if with_forces else 2)
     _plot_loss(loss, train)
     _plot_errors(energy, evaluations, "energy_mae", "energy_mae_mean")
     energy.set(title="Validation energy\n(dashed: predicting the mean)", ylabel="MAE [meV]")
-    _plot_errors(forces, evaluations, "forces_mae", "forces_mae_zero")
-    forces.set(title="Validation forces\n(dashed: predicting none)", ylabel="MAE [meV/Å]")
-    for axes in (loss, energy, forces):
+    for axes in forces:
+        _plot_errors(axes, evaluations, "forces_mae", "forces_mae_zero")
+        axes.set(title="Validation forces\n(dashed: predicting none)", ylabel="MAE [meV/Å]")
+    for axes in (loss, energy, *forces):
         axes.set_xlabel("step")
     if evaluations:
-        lines, splits = forces.get_legend_handles_labels()
+        lines, splits = energy.get_legend_handles_labels()
         figure.legend(lines, splits, loc="outside lower center", ncols=len(splits), frameon=False)
     path = directory / PLOT
     rewritten = path.with_name(f"{path.stem}.tmp{path.suffix}")

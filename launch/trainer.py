@@ -527,7 +527,9 @@ class Trainer:
             }
             what = (self._predict, self._loader(store, sampler), self.normalizer, self.world.device)
             if self.config.task.name == "is2re":
-                return evaluate_is2re(*what, **how)
+                return evaluate_is2re(
+                    *what, energy_mean=self.train_store.metadata["statistics"]["energy_relaxed"]["mean"], **how
+                )
             return evaluate_s2ef(*what, free_atoms_only=self.config.task.eval_on_free_atoms, **how)
 
         if self.ema is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,20 @@ def make_dataset(path: Path, train: int = 16, val: int = 6) -> Path:
     write_store(path / "s2ef" / "train", samples(train))
     write_store(path / "s2ef" / "val_id", samples(val, seed=1, first_sid=1000))
     write_store(path / "s2ef" / "val_ood_ads", samples(val, seed=2, first_sid=2000))
+    return path
+
+
+def relaxed(sample: Sample) -> Sample:
+    """With a made-up relaxed structure, and an energy that depends on it."""
+    positions = sample.positions + 0.05 * np.sin(sample.positions) * ~sample.fixed[:, None]
+    assert sample.energy is not None
+    return replace(sample, energy_relaxed=0.8 * sample.energy - 0.1, positions_relaxed=positions)
+
+
+def make_relaxed_dataset(path: Path, train: int = 16, val: int = 6) -> Path:
+    """path/is2re/{train,val_id}."""
+    for name, count, seed in (("train", train, 0), ("val_id", val, 1)):
+        write_store(path / "is2re" / name, [relaxed(sample) for sample in samples(count, seed=seed)])
     return path
 
 
