@@ -19,6 +19,7 @@ COMMANDS = {
     "data": ("egnscale.launch.data_command", "make and inspect data sets"),
     "train": ("egnscale.launch.train_command", "train a model"),
     "evaluate": ("egnscale.launch.evaluate_command", "evaluate a checkpoint on a data set"),
+    "checkpoint": ("egnscale.launch.checkpoint_command", "exchange checkpoints with OC20's code, look into them"),
     "relax": ("egnscale.launch.relax_command", "relax structures with a trained model, many at once"),
     "bench": ("egnscale.launch.bench_command", "measure what a run costs"),
 }

@@ -56,8 +56,20 @@ def save_weights(path: Path, weights: Iterable[tuple[str, Tensor]], model: torch
     if write:
         for name, buffer in model.named_buffers():
             tensors[name] = buffer.detach().float().cpu().contiguous()
+        write_tensors(path, tensors)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file of contiguous tensors that share no memory.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    try:
         save_file(tensors, path)
-        path.chmod(0o644)  # as the other files; safetensors leaves it to its owner alone
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
+    path.chmod(0o644)  # as the other files; safetensors leaves it to its owner alone
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -88,14 +88,7 @@ def save_checkpoint(
         temporary.mkdir()
 
     def publish() -> None:
-        contents = {}
-        for path in sorted(temporary.rglob("*")):
-            if path.is_file():
-                contents[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-                _sync(path)
-        write_text(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": contents}, indent=1))
-        for directory in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
-            _sync(directory)
+        _seal(temporary)
         if final.exists():
             _remove(final)
         os.replace(temporary, final)
@@ -110,6 +103,34 @@ def save_checkpoint(
     attempt(lambda: write(temporary))
     attempt(publish if is_main else lambda: None)
     return final
+
+
+def write_checkpoint(path: Path, write: Callable[[Path], None]) -> None:
+    """Write one checkpoint that belongs to no run, by one process: `path` is the checkpoint's own directory.
+
+    Args:
+        path: where nothing is yet; its parents are made.
+        write: called with the directory to fill.
+
+    Raises:
+        ValueError: if something is there.
+        OSError: if it could not be written; nothing is left then.
+    """
+    if path.is_symlink() or path.exists():
+        raise ValueError(f"{path} exists already; choose another place, or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    if temporary.is_dir():  # of an attempt that was killed
+        shutil.rmtree(temporary)
+    temporary.mkdir()
+    try:
+        write(temporary)
+        _seal(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(path.parent)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -157,6 +178,18 @@ def verify_checkpoint(path: Path, *, checksums: bool = True) -> None:
             )
         if checksums and _crc32(file) != expected["crc32"]:
             raise ValueError(f"checkpoint file {file} is damaged: its checksum differs from the manifest")
+
+
+def _seal(directory: Path) -> None:
+    """Write the manifest of what a directory holds, and all of it to disk."""
+    contents = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            contents[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+            _sync(path)
+    write_text(directory / MANIFEST, json.dumps({"format": FORMAT, "files": contents}, indent=1))
+    for path in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:
+        _sync(path)
 
 
 def _remove(checkpoint: Path) -> None:
