@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +12,11 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from egnscale.data.batch import AtomBatch, Collate, cell_coordinates
+from egnscale.data.dataset import Dataset, open_dataset
 from egnscale.data.neighbors import GraphSpec
+from egnscale.data.readers import holds_sources
 from egnscale.data.sample import Sample
 from egnscale.data.sampler import BalancedBatchSampler
-from egnscale.data.store import Store
 from egnscale.models import ExtendedGraph, GemNetConfig
 from egnscale.scaling.layout import Mesh
 from egnscale.scaling.partition import partition_by_owner
@@ -24,13 +27,14 @@ def graph_spec(config: GemNetConfig) -> GraphSpec:
     return GraphSpec(config.cutoff, config.max_neighbors, config.symmetrize)  # type: ignore[arg-type]
 
 
-def open_labelled(path: str | Path, num_elements: int) -> Store:
-    """Open a store for training or evaluation.
+def open_labelled(path: str | Path, num_elements: int) -> Dataset:
+    """Open a store, or OC20's LMDB files and their like, for training or evaluation.
 
     Raises:
         ValueError: if it is empty, has no energies or forces, or holds elements that the model does not know.
     """
-    store = Store(path)
+    with show_reading(path) as progress:
+        store = open_dataset(path, progress=progress)
     if not len(store):
         raise ValueError(f"{path} holds no structures")
     sample = store[0]
@@ -42,6 +46,22 @@ def open_labelled(path: str | Path, num_elements: int) -> Store:
             f"{path} holds atomic number {highest}; the model knows 1..{num_elements} (model.num_elements)"
         )
     return store
+
+
+@contextmanager
+def show_reading(path: str | Path) -> Iterator[Callable[[int, int], None]]:
+    """Progress of reading structures once: a line on standard error, if that is a terminal."""
+    shown = False
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        if sys.stderr.isatty():
+            shown = True
+            print(f"\rsizes of {path}: {done:,} of {total:,} structures read", end="", file=sys.stderr, flush=True)
+
+    yield show
+    if shown:
+        print(file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -67,7 +87,7 @@ class PartCollate:
 
 
 def make_loader(
-    store: Store,
+    store: Dataset,
     sampler: BalancedBatchSampler,
     model: GemNetConfig,
     mesh: Mesh,
@@ -83,7 +103,7 @@ def make_loader(
     )
 
 
-def sizes_for_balance(store: Store, rule: str) -> np.ndarray:
+def sizes_for_balance(store: Dataset, rule: str) -> np.ndarray:
     """What the sampler balances over ranks."""
     if rule == "none":
         return np.ones(len(store))
@@ -95,18 +115,22 @@ SPLIT_ORDER = ("val_id", "val_ood_ads", "val_ood_cat", "val_ood_both")
 
 
 def validation_splits(path: Path) -> dict[str, Path]:
-    """{name: store}: the path itself if it is a store, else the `val_*` stores in it (or in its `s2ef`).
+    """{name: data set}: the path itself if it is one, else the `val_*` directories in it (or in its `s2ef`) that are.
 
     Raises:
         ValueError: if there is nothing to evaluate on.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    if (path / "metadata.json").is_file():
+    if path.is_file() or _is_data(path):
         return {path.name: path}
     for root in (path, path / "s2ef"):
-        found = {file.parent.name: file.parent for file in sorted(root.glob("val_*/metadata.json"))}
+        found = {folder.name: folder for folder in sorted(root.glob("val_*")) if folder.is_dir() and _is_data(folder)}
         if found:
             known = [name for name in SPLIT_ORDER if name in found]
             return {name: found[name] for name in [*known, *(name for name in found if name not in known)]}
     raise ValueError(f"{path} is no store of egnscale, and holds no val_* stores")
+
+
+def _is_data(folder: Path) -> bool:
+    return (folder / "metadata.json").is_file() or holds_sources(folder)
