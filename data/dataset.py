@@ -197,7 +197,7 @@ def _scan(
     return summary.arrays()
 
 
-# ------------------------------------------------------------------------------------------------- files beside the data
+# ------------------------------------------------------------------------------------------------ files beside the data
 
 
 def _given_sizes(source: IndexedSource) -> tuple[np.ndarray, np.ndarray | None] | None:

@@ -38,8 +38,7 @@ class DamagedPickle(ValueError):
 def load_attributes(record: bytes) -> dict[str, Any]:
     """The attributes of a pickled `torch_geometric.data.Data`; those that are None are left out.
 
-    Values are int, float, str, NumPy arrays that may share memory with `record` and are not writable, and what else
-    the pickle holds.
+    Values are int, float, str, NumPy arrays that may share memory with each other, and what else the pickle holds.
 
     Raises:
         RefusedName: naming the function or class that was asked for.
@@ -321,6 +320,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered,
     "collections.defaultdict": lambda budget, factory=None: {},
     "_codecs.encode": _encoded,
+    **dict.fromkeys(("builtins.bytes", "__builtin__.bytes"), lambda budget: b""),
     _ATTRIBUTE_TYPE: lambda budget, name: name,
     "builtins.getattr": _attribute,
     **dict.fromkeys(("builtins.set", "__builtin__.set"), _listed),

@@ -13,9 +13,9 @@ from egnscale.data.convert import convert
 from egnscale.data.ranks import find_ranks
 
 _DESCRIPTION = (
-    "Convert OC20's LMDB files (S2EF directories, IS2RE and IS2RS files), OC20's raw extxyz + txt pairs, .aselmdb files, "
-    "ASE databases, trajectories and whatever else ASE reads to a store. A conversion that was stopped goes on when the "
-    "same command is given again. Under mpirun, each rank converts a part of it."
+    "Convert to a store: OC20's LMDB files (S2EF directories, IS2RE and IS2RS files), OC20's raw extxyz + txt pairs, "
+    ".aselmdb files, ASE databases, trajectories and whatever else ASE reads. A conversion that was stopped goes on "
+    "when the same command is given again. Under mpirun, each rank converts a part of it."
 )
 
 

@@ -18,7 +18,7 @@ from egnscale.data.dataset import Dataset, open_dataset
 from egnscale.data.emt import TASKS, make_emt
 from egnscale.data.emt_systems import ADSORBATES, METALS, MIN_STRUCTURES, SPLITS, EmtOptions
 from egnscale.launch import convert_command
-from egnscale.launch.loading import show_reading
+from egnscale.launch.reporting import show_reading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

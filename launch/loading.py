@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from egnscale.data.neighbors import GraphSpec
 from egnscale.data.readers import holds_sources
 from egnscale.data.sample import Sample
 from egnscale.data.sampler import BalancedBatchSampler
+from egnscale.launch.reporting import show_reading
 from egnscale.models import ExtendedGraph, GemNetConfig
 from egnscale.scaling.layout import Mesh
 from egnscale.scaling.partition import partition_by_owner
@@ -46,22 +45,6 @@ def open_labelled(path: str | Path, num_elements: int) -> Dataset:
             f"{path} holds atomic number {highest}; the model knows 1..{num_elements} (model.num_elements)"
         )
     return store
-
-
-@contextmanager
-def show_reading(path: str | Path) -> Iterator[Callable[[int, int], None]]:
-    """Progress of reading structures once: a line on standard error, if that is a terminal."""
-    shown = False
-
-    def show(done: int, total: int) -> None:
-        nonlocal shown
-        if sys.stderr.isatty():
-            shown = True
-            print(f"\rsizes of {path}: {done:,} of {total:,} structures read", end="", file=sys.stderr, flush=True)
-
-    yield show
-    if shown:
-        print(file=sys.stderr)
 
 
 @dataclass(frozen=True)
