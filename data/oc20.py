@@ -128,7 +128,8 @@ class _Reader:
     def floats(self, name: str, shape: tuple[int, ...], *others: str, required: bool = False) -> np.ndarray | None:
         """float64 of the given shape; leading axes of length 1, as OC20's cells have, are dropped."""
         array = self._array(name, shape, *others, required=required)
-        return None if array is None else array.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # NaNs of any kind are reported later
+            return None if array is None else array.astype(np.float64)
 
     def integers(self, name: str, shape: tuple[int, ...], required: bool = False) -> np.ndarray | None:
         """int64 of the given shape; OC20 stores atomic numbers and flags as float32."""

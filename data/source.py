@@ -21,6 +21,8 @@ from egnscale.data.sample import Sample
 MAX_LENGTH = 1e5  # A
 MIN_HEIGHT = 0.5  # A, of a periodic cell
 MAX_DENSITY = 2.0  # atoms/A^3
+#: What the store's types hold, int8 and float32.
+_LARGEST = {"tags": 127, "forces": 3e38}
 
 
 class BadSample(ValueError):
@@ -98,6 +100,11 @@ def checked(sample: Sample, where: str) -> Sample:
     except ValueError as error:
         reason = str(error).removeprefix(f"{sample.name}: ")
         raise BadSample(f"{where}: {reason}", _kind_of(reason)) from None
+    for name, value in (("tags", sample.tags), ("forces", sample.forces)):
+        if value is not None and value.size and np.abs(value).max() > _LARGEST[name]:
+            raise BadSample(
+                f"{where}: {name} reach {np.abs(value).max():.3g}, which a store cannot hold", "does not fit"
+            )
     # One damaged bit can make an exponent: a cell of 1e-12 A is finite, and has 1e30 images within the cutoff.
     if not sample.num_atoms:
         raise BadSample(f"{where} has no atoms", "no atoms")

@@ -1,15 +1,22 @@
-"""Files of OC20's, written with the real torch_geometric as OC20's own programs write them."""
+"""Files of OC20's and ASE's, as their own programs write them; torch_geometric is the real one."""
 
 from __future__ import annotations
 
+import json
+import lzma
 import pickle
+import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ase.io
 import lmdb
 import numpy as np
 import torch
 from ase import Atoms
+from ase.db.row import AtomsRow
+from ase.io.jsonio import encode
 from torch_geometric.data import Data
 
 from egnscale.data.sample import Sample
@@ -102,3 +109,52 @@ def to_atoms(sample: Sample) -> Atoms:
     atoms = sample.to_atoms()
     atoms.info = {}
     return atoms
+
+
+def write_raw(directory: Path, name: str, samples: list[Sample], reference: float, ending: str = "") -> Path:
+    """extxyz with `move_mask` and tags, and txt, as OC20's archives have them."""
+    directory.mkdir(exist_ok=True)
+    file = directory / f"{name}.extxyz"
+    total = [to_atoms(replace(sample, energy=(sample.energy or 0.0) + reference)) for sample in samples]
+    ase.io.write(file, total, columns=["symbols", "positions", "move_mask", "tags", "forces"])
+    labels = directory / f"{name}.txt"
+    labels.write_text("".join(f"random{sample.sid},frame{sample.fid},{reference!r}\n" for sample in samples))
+    if ending:
+        for path in (file, labels):
+            Path(f"{path}{ending}").write_bytes(lzma.compress(path.read_bytes()))
+            path.unlink()
+    return Path(f"{file}{ending}")
+
+
+def pack(value: Any, plain: bool) -> bytes:
+    """As ase-db-backends writes values; `plain`: as orjson writes arrays, in lists."""
+    text = encode(value)
+    if plain:
+        text = json.dumps(
+            json.loads(text, object_hook=lambda d: _nested(d["__ndarray__"]) if "__ndarray__" in d else d)
+        )
+    return zlib.compress(text.encode())
+
+
+def _nested(array: list[Any]) -> Any:
+    return np.array(array[2]).reshape(array[0]).tolist()
+
+
+def write_aselmdb(file: Path, samples: list[Sample], *, plain: bool = False, ids: bool = True) -> Path:
+    file.parent.mkdir(exist_ok=True)
+    environment = lmdb.open(str(file), subdir=False, lock=False, map_size=1 << 26)
+    with environment.begin(write=True) as transaction:
+        for i, sample in enumerate([samples[0], *samples], start=1):
+            row = AtomsRow(to_atoms(sample))
+            values = {name: row[name] for name in row.__dict__ if name[0] != "_" and name != "id"}
+            values |= {"cell": np.asarray(row.cell), "data": {"sid": sample.sid} if ids else {}}
+            values["key_value_pairs"] = {"fid": sample.fid} if ids else {}
+            if row.constraints:
+                values["constraints"] = [constraint.todict() for constraint in row.constraints]
+            if i > 1:
+                transaction.put(b"%d" % i, pack(values, plain))
+        transaction.put(b"nextid", pack(len(samples) + 2, plain))
+        transaction.put(b"deleted_ids", pack([1], plain))
+        transaction.put(b"metadata", pack({"format": "test"}, plain))
+    environment.close()
+    return file

@@ -95,9 +95,11 @@ def test_the_number_of_workers_does_not_matter(source: Path, made: Path, tmp_pat
 
 
 def _start(source: Path, out: Path) -> subprocess.Popen[bytes]:
-    code = f"if __name__ == '__main__':\n from egnscale.data.convert import convert\n convert({str(source)!r}, {str(out)!r}, part_size=7)"
     script = out.parent / "script.py"
-    script.write_text(code)
+    script.write_text(
+        "from egnscale.data.convert import convert\n"
+        f"if __name__ == '__main__': convert({str(source)!r}, {str(out)!r}, part_size=7)"
+    )
     return subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
 
 
@@ -157,7 +159,7 @@ def test_killed_between_any_two_steps_of_the_end(
     assert [file.name for file in tmp_path.iterdir()] == ["train"]
 
 
-# --------------------------------------------------------------------------------------------------------- bad structures
+# ------------------------------------------------------------------------------------------------------- bad structures
 
 
 def test_the_first_bad_structure_ends_it_and_nothing_is_left(source: Path, tmp_path: Path) -> None:
@@ -214,7 +216,7 @@ def test_nothing_but_bad_structures(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["in"]
 
 
-# --------------------------------------------------------------------------------------------------------------- what is there
+# -------------------------------------------------------------------------------------------------------- what is there
 
 
 def test_what_exists_is_left_alone(source: Path, made: Path, samples: list[Sample], tmp_path: Path) -> None:
@@ -251,7 +253,7 @@ def test_sizes_must_be_positive(source: Path, tmp_path: Path) -> None:
         convert(source, tmp_path / "train", part_size=0)
 
 
-# -------------------------------------------------------------------------------------------------------------- the command
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
 def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import lzma
 import pickle
 import shutil
@@ -19,10 +18,18 @@ import numpy as np
 import pytest
 import torch
 from ase.constraints import FixAtoms
-from ase.db.row import AtomsRow
-from ase.io.jsonio import encode
 from ase.io.trajectory import Trajectory
-from oc20_files import attributes, new_graph, old_graph, structures, to_atoms, write_lmdb, write_oc20
+from oc20_files import (
+    attributes,
+    new_graph,
+    old_graph,
+    structures,
+    to_atoms,
+    write_aselmdb,
+    write_lmdb,
+    write_oc20,
+    write_raw,
+)
 
 from egnscale.data.ase_files import AseDatabase, AseFiles
 from egnscale.data.aselmdb import AseLmdb
@@ -148,6 +155,8 @@ BAD = {
     "tiny cell": (spoilt(cell=torch.eye(3)[None] * 1e-12), "A^3", "implausible geometry"),
     "thin cell": (lambda v: v | {"cell": v["cell"] * torch.tensor([1e4, 1.0, 0.01])}, " high", "implausible geometry"),
     "far away": (lambda v: v | {"pos": v["pos"] * 1e30}, "A", "implausible geometry"),
+    "tag 300": (lambda v: v | {"tags": v["tags"] * 0 + 300}, "tags reach 300", "does not fit"),
+    "huge force": (lambda v: v | {"force": v["force"].double() * 1e40}, "forces reach", "does not fit"),
     "no atoms": (
         spoilt(atomic_numbers=torch.zeros(0), natoms=0, pos=torch.zeros(0, 3), tags=torch.zeros(0),
                fixed=torch.zeros(0), force=torch.zeros(0, 3), pos_relaxed=torch.zeros(0, 3)),
@@ -176,21 +185,6 @@ def test_bad_structures_are_named(case: str, samples: list[Sample], tmp_path: Pa
 
 
 # ------------------------------------------------------------------------------------------------------- raw OC20 files
-
-
-def write_raw(directory: Path, name: str, samples: list[Sample], reference: float, ending: str = "") -> Path:
-    """extxyz with `move_mask` and tags, and txt, as OC20's archives have them."""
-    directory.mkdir(exist_ok=True)
-    file = directory / f"{name}.extxyz"
-    total = [to_atoms(replace(sample, energy=(sample.energy or 0.0) + reference)) for sample in samples]
-    ase.io.write(file, total, columns=["symbols", "positions", "move_mask", "tags", "forces"])
-    labels = directory / f"{name}.txt"
-    labels.write_text("".join(f"random{sample.sid},frame{sample.fid},{reference!r}\n" for sample in samples))
-    if ending:
-        for path in (file, labels):
-            Path(f"{path}{ending}").write_bytes(lzma.compress(path.read_bytes()))
-            path.unlink()
-    return Path(f"{file}{ending}")
 
 
 @pytest.mark.parametrize("ending", ["", ".xz"])
@@ -241,40 +235,6 @@ def test_raw_files_that_do_not_fit(samples: list[Sample], tmp_path: Path) -> Non
 
 
 # ----------------------------------------------------------------------------------------------------------------- ASE
-
-
-def pack(value: Any, plain: bool) -> bytes:
-    """As ase-db-backends writes values; `plain`: as orjson writes arrays, in lists."""
-    text = encode(value)
-    if plain:
-        text = json.dumps(
-            json.loads(text, object_hook=lambda d: _nested(d["__ndarray__"]) if "__ndarray__" in d else d)
-        )
-    return zlib.compress(text.encode())
-
-
-def _nested(array: list[Any]) -> Any:
-    return np.array(array[2]).reshape(array[0]).tolist()
-
-
-def write_aselmdb(file: Path, samples: list[Sample], *, plain: bool = False, ids: bool = True) -> Path:
-    file.parent.mkdir(exist_ok=True)
-    environment = lmdb.open(str(file), subdir=False, lock=False, map_size=1 << 26)
-    with environment.begin(write=True) as transaction:
-        for i, sample in enumerate([samples[0], *samples], start=1):
-            row = AtomsRow(to_atoms(sample))
-            values = {name: row[name] for name in row.__dict__ if name[0] != "_" and name != "id"}
-            values |= {"cell": np.asarray(row.cell), "data": {"sid": sample.sid} if ids else {}}
-            values["key_value_pairs"] = {"fid": sample.fid} if ids else {}
-            if row.constraints:
-                values["constraints"] = [constraint.todict() for constraint in row.constraints]
-            if i > 1:
-                transaction.put(b"%d" % i, pack(values, plain))
-        transaction.put(b"nextid", pack(len(samples) + 2, plain))
-        transaction.put(b"deleted_ids", pack([1], plain))
-        transaction.put(b"metadata", pack({"format": "test"}, plain))
-    environment.close()
-    return file
 
 
 @pytest.mark.parametrize("plain", [False, True])
