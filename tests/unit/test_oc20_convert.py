@@ -10,9 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from oc20_files import attributes, new_graph, structures, write_lmdb, write_oc20
 
 from egnscale.data.convert import convert
 from egnscale.data.neighbors import count_edges
+from egnscale.data.ranks import MpiRanks
 from egnscale.data.sample import Sample
 from egnscale.data.store import Store
 from egnscale.launch.cli import main
@@ -298,29 +302,91 @@ def test_command_without_data(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def mpirun() -> list[str]:
-    pytest.importorskip("mpi4py")
-    found = shutil.which("mpirun", path=ENVIRONMENT["PATH"])
-    if found is None:
-        pytest.skip("no mpirun")
-    command = [sys.executable, "-m", "egnscale.launch.cli", "data", "convert"]
-    return [found, "-n", "2", "--allow-run-as-root", "--oversubscribe", *command]
+class Communicator:
+    """MPI's, for threads."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: dict[int, Any]) -> None:
+        self.rank, self.size, self.barrier, self.board = rank, size, barrier, board
+
+    def Get_rank(self) -> int:
+        return self.rank
+
+    def Get_size(self) -> int:
+        return self.size
+
+    def allgather(self, value: Any) -> list[Any]:
+        self.board[self.rank] = value
+        self.barrier.wait()
+        gathered = [self.board[rank] for rank in range(self.size)]
+        self.barrier.wait()
+        return gathered
+
+    def bcast(self, value: Any) -> Any:
+        return self.allgather(value)[0]
 
 
-def test_mpirun(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("failing", [None, 0, 1, 2])
+def test_ranks_fail_together_and_one_speaks(failing: int | None) -> None:
+    barrier, board = threading.Barrier(3), dict[int, Any]()
+
+    def work(rank: int, ranks: MpiRanks) -> str:
+        def own() -> int:
+            if rank == failing:
+                raise ValueError(f"rank {rank} failed")
+            return rank
+
+        try:
+            assert ranks.on_first(lambda: "from 0") == "from 0"
+            ranks.on_each(own)
+            assert ranks.on_first(own) == 0
+        except ValueError as error:
+            return str(error)
+        except SystemExit:
+            return "left"
+        return "done"
+
+    with ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(work, rank, MpiRanks(Communicator(rank, 3, barrier, board))) for rank in range(3)]
+        ends = [future.result(timeout=30) for future in futures]
+    spoken = [f"rank {rank} failed" if rank == failing else "left" for rank in range(3)]
+    assert ends == (["done"] * 3 if failing is None else spoken)
+
+
+MPI_SCRIPT = """
+import sys
+from egnscale.data.convert import convert
+from egnscale.data.ranks import find_ranks
+if __name__ == "__main__":
+    try:
+        report = convert(sys.argv[1], sys.argv[2], part_size=7, ranks=find_ranks())
+    except ValueError as error:
+        sys.exit(f"said: {error}")
+    print("made", report["structures"])
+"""
+
+
+def test_mpirun(source: Path, made: Path, tmp_path: Path) -> None:
     """Ranks convert parts in turn; one that fails speaks for all."""
-    start = mpirun()
-    words = [*start, str(source), str(tmp_path / "train"), "--json", "--workers", "1"]
-    result = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["structures"] == COUNT
-    convert(source, tmp_path / "alone")
-    assert digests(tmp_path / "train") == digests(tmp_path / "alone")
-    bad = spoil(source, tmp_path)
-    words[len(start) : len(start) + 2] = [str(bad), str(tmp_path / "bad_out")]
-    result = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    pytest.importorskip("mpi4py")
+    mpirun = shutil.which("mpirun", path=ENVIRONMENT["PATH"])
+    if mpirun is None:
+        pytest.skip("no mpirun")
+    script, bad = tmp_path / "script.py", spoil(source, tmp_path)
+    script.write_text(MPI_SCRIPT)
+
+    def start(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [mpirun, "-n", "2", "--allow-run-as-root", "--oversubscribe", sys.executable, *map(str, words)]
+        return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+    result = start(script, source, tmp_path / "train")
+    assert result.stdout.split() == ["made", str(COUNT)] * 2, result.stderr
+    assert digests(tmp_path / "train") == digests(made)
+    result = start("-m", "egnscale.launch.cli", "data", "convert", source, tmp_path / "again", "--json")
+    assert json.loads(result.stdout)["structures"] == COUNT, result.stderr
+    result = start(script, bad, tmp_path / "bad_out")
     assert result.returncode != 0
-    assert len([line for line in result.stderr.splitlines() if line.startswith("egnscale data")]) == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("said: ")]
+    assert "--skip-bad" in line
     assert not (tmp_path / "bad_out").exists()
 
 
