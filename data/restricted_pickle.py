@@ -15,6 +15,7 @@ read by a machine of our own whose values are numbers, text, bytes, lists, tuple
 
 from __future__ import annotations
 
+import pickle
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -152,6 +153,16 @@ _STORAGES = {
 }
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 _TORCH_PROTOCOL = 1001
+_TORCH_SIZES = {"short": 2, "int": 4, "long": 4}
+#: How nearly every storage begins: reading it anew for each tensor would take most of the time.
+TORCH_HEADER = b"".join(
+    pickle.dumps(value, protocol=2)
+    for value in (
+        _TORCH_MAGIC,
+        _TORCH_PROTOCOL,
+        {"protocol_version": _TORCH_PROTOCOL, "little_endian": True, "type_sizes": _TORCH_SIZES},
+    )
+)
 _NUMPY_TYPES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 
 
@@ -160,10 +171,13 @@ def _storage(budget: _Budget, content: Any) -> np.ndarray:
     if not isinstance(content, bytes):
         raise DamagedPickle("a tensor's storage is not bytes")
     machine = _Machine(content, budget, in_storage=True)
-    if machine.run() != _TORCH_MAGIC or machine.run() != _TORCH_PROTOCOL:
-        raise DamagedPickle("a tensor's storage is not in the format that torch writes into pickles")
-    if machine.run().get("little_endian") is not True:
-        raise DamagedPickle("a tensor's storage is big-endian")
+    if content.startswith(TORCH_HEADER):
+        machine.at = len(TORCH_HEADER)
+    else:
+        if machine.run() != _TORCH_MAGIC or machine.run() != _TORCH_PROTOCOL:
+            raise DamagedPickle("a tensor's storage is not in the format that torch writes into pickles")
+        if machine.run().get("little_endian") is not True:
+            raise DamagedPickle("a tensor's storage is big-endian")
     described = machine.run()
     keys = machine.run()
     if not (isinstance(described, _Object) and described.name == "storage" and keys == [described.state[1]]):

@@ -20,6 +20,7 @@ import torch
 from oc20_files import attributes, new_graph, old_graph, structures
 from torch_geometric.data import Data
 
+from egnscale.data import restricted_pickle
 from egnscale.data.restricted_pickle import DamagedPickle, RefusedName, load, load_attributes
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
@@ -96,6 +97,17 @@ def test_neither_torch_nor_torch_geometric_is_imported(tmp_path: Path) -> None:
         "sys.exit('torch' in sys.modules or 'torch_geometric' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "record")], check=False).returncode == 0
+
+
+def test_the_usual_beginning_of_a_storage_is_only_a_short_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = pickle.dumps(Data(a=torch.arange(3.0)))
+    assert restricted_pickle.TORCH_HEADER in record
+    monkeypatch.setattr(restricted_pickle, "TORCH_HEADER", b"something else")
+    np.testing.assert_array_equal(load_attributes(record)["a"], [0, 1, 2])
+    for old, new in ((b"little_endianq\x02\x88", b"little_endianq\x02\x89"), (b"M\xe9\x03.", b"M\xe8\x03.")):
+        assert old in record
+        with pytest.raises(DamagedPickle, match=r"big-endian|format that torch"):
+            load_attributes(record.replace(old, new))
 
 
 def test_plain_values() -> None:
