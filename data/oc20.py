@@ -45,8 +45,10 @@ class OC20Lmdb(IndexedSource):
                 count = load(written)
             except ValueError as error:
                 raise ValueError(f"{file}: the key `length` is damaged: {error}") from error
-            if type(count) is not int or not 0 <= count <= entries - 1:
-                raise ValueError(f"{file}: the key `length` says {str(count)[:30]}, but there are {entries} entries")
+            if type(count) is not int:
+                raise ValueError(f"{file}: the key `length` holds no number")
+            if not 0 <= count <= entries - 1:
+                raise ValueError(f"{file}: the key `length` says {count}, but there are {entries} entries")
         if count and self._lmdb.get(i, b"%d" % (count - 1)) is None:
             if self._lmdb.get(i, FORMAT_KEY) is not None:
                 raise ValueError(

@@ -242,8 +242,9 @@ def _encoded(budget: _Budget, text: Any, encoding: Any) -> bytes:
 
 
 def _dtype(budget: _Budget, code: Any, *rest: Any) -> _Object:
-    if code not in _NUMPY_TYPES:
-        raise DamagedPickle(f"a NumPy array is of a type that holds no plain numbers ({str(code)[:20]})")
+    # Not hashed before it is known to be text: hashing a deep tuple overflows the stack.
+    if type(code) is not str or code not in _NUMPY_TYPES:
+        raise DamagedPickle("a NumPy array is of a type that holds no plain numbers")
     return _Object("numpy.dtype", np.dtype("u1" if code == "b1" else code))
 
 

@@ -282,6 +282,8 @@ def test_array_helper_makes_arrays() -> None:
     np.testing.assert_array_equal(load(array(b"K\x02\x85", F8, np.array([1.5, 2.5]).tobytes())), [1.5, 2.5])
 
 
+#: A billion laughs: 10**30 items, if anyone wrote them out.
+LAUGHS = b"]q\x00" + b"".join(b"](" + b"h%c" % i * 10 + b"eq%c" % (i + 1) for i in range(30))
 BOMBS = {
     "empty": b"",
     "no stop": b"\x80\x04N",
@@ -317,6 +319,9 @@ BOMBS = {
     "text dtype": array(b"K\x01\x85", F8.replace(text("f8"), text("U2")), b"\x00" * 8),
     "dtype with fields": array(b"K\x01\x85", F8.replace(b"NNN", b"N(t}"), b"\x00" * 8),
     "dtype of a tuple": array(b"K\x01\x85", b"cnumpy\ndtype\n((Nt\x89\x88tR", b"\x00" * 8),
+    "dtype of a deep tuple": array(b"K\x01\x85", b"cnumpy\ndtype\n(N" + b"\x85" * 200_000 + b"\x89\x88tR", b"\x00" * 8),
+    "dtype of laughs": b"\x80\x02cnumpy\ndtype\n(" + LAUGHS + b"\x89\x88tR.",
+    "encoding of laughs": opened("_codecs", "encode", b"(" + text("x") + LAUGHS + b"t"),
     "array shorter than its shape": array(b"K\x03\x85", F8, b"\x00" * 16),
     "array of a huge shape": array(b"\x8a\x08\x00\x00\x00\x00\x00\x00\x00\x40\x85", F8, b"\x00" * 16),
     "array of a negative shape": array(b"J\xff\xff\xff\xffJ\xfe\xff\xff\xff\x86", F8, b"\x00" * 16),
@@ -341,9 +346,7 @@ def test_bombs(case: str) -> None:
 
 
 def test_lists_that_hold_each_other_cost_nothing() -> None:
-    """A billion laughs: 10**30 items, if anyone wrote them out."""
-    laughs = b"\x80\x02]q\x00" + b"".join(b"](" + b"h%c" % i * 10 + b"eq%c" % (i + 1) for i in range(30)) + b"."
-    assert len(load(laughs)) == 10
+    assert len(load(b"\x80\x02" + LAUGHS + b".")) == 10
     cyclic = b"\x80\x02]q\x00h\x00a."
     assert len(load(cyclic)) == 1
 

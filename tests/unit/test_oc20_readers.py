@@ -366,22 +366,18 @@ def cut_lmdb(place: Path) -> Path:
     return file
 
 
-def wrong_length(place: Path) -> Path:
-    file = write_lmdb(place / "data.lmdb", [b"x"], length=False)
-    environment = lmdb.open(str(file), subdir=False, lock=False, map_size=1 << 28)
-    with environment.begin(write=True) as transaction:
-        transaction.put(b"length", pickle.dumps(5))
-    environment.close()
-    return file
+def length_of(value: bytes) -> Callable[[Path], Path]:
+    """One record, and this in the key that counts them."""
 
+    def write(place: Path) -> Path:
+        file = write_lmdb(place / "data.lmdb", [b"x"], length=False)
+        environment = lmdb.open(str(file), subdir=False, lock=False, map_size=1 << 28)
+        with environment.begin(write=True) as transaction:
+            transaction.put(b"length", value)
+        environment.close()
+        return file
 
-def hostile_length(place: Path) -> Path:
-    file = wrong_length(place)
-    environment = lmdb.open(str(file), subdir=False, lock=False, map_size=1 << 28)
-    with environment.begin(write=True) as transaction:
-        transaction.put(b"length", b"cos\nsystem\n(S'false'\ntR.")
-    environment.close()
-    return file
+    return write
 
 
 def text_file(name: str, content: bytes) -> Callable[[Path], Path]:
@@ -443,8 +439,12 @@ NOT_DATA: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "aselmdb as LMDB": (renamed_aselmdb, "rename it to end in .aselmdb"),
     "cut short": (cut_lmdb, "it is cut short"),
-    "wrong length": (wrong_length, "says 5, but there are 2 entries"),
-    "hostile length": (hostile_length, "os.system"),
+    "wrong length": (length_of(pickle.dumps(5)), "says 5, but there are 2 entries"),
+    "hostile length": (length_of(b"cos\nsystem\n(Vfalse\ntR."), "os.system"),
+    "length of laughs": (
+        length_of(b"]q\x00" + b"".join(b"](" + b"h%c" % i * 9 + b"eq%c" % (i + 1) for i in range(30)) + b"."),
+        "the key `length` holds no number",
+    ),
     "a store": (store_in, "is a store of egnscale already"),
     "a store's shard": (shard_of_a_store, "belongs to a store of egnscale"),
     "a store without metadata": (store_without_metadata, "belongs to a store of egnscale"),
