@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from egnscale.data.extxyz import frames, parse
 from egnscale.data.sample import Sample
 from egnscale.data.source import BadSample, IndexedSource, Source, from_ase, identity
 
@@ -84,24 +84,40 @@ class AseFiles(Source):
                 raise ValueError(f"{file} cannot be read: {error}") from error
 
     def read(self, start: int, stop: int) -> Iterator[Sample | BadSample]:
-        from ase.io import iread
-
         for number in range(start, stop):
             file, several = self.files[number], self.num_units > 1
-            frame = 0
-            with closing(iread(str(file), index=":", format=self._formats[number])) as images:
-                while True:
-                    where = f"{file}: frame {frame}"
-                    try:
-                        atoms = next(images, None)
-                    except Exception as error:  # parsers let anything out that damaged text makes them do
-                        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-                        yield BadSample(f"{where} and what follows cannot be read: {reason}", "damaged file")
-                        break
-                    if atoms is None:
-                        break
-                    try:
-                        yield from_ase(atoms, where, *((number, frame) if several else (frame, 0)))
-                    except BadSample as error:
-                        yield error
-                    frame += 1
+            for frame, atoms in enumerate(self._images(number)):
+                where = f"{file}: frame {frame}"
+                if isinstance(atoms, BadSample):
+                    yield atoms
+                    continue
+                try:
+                    yield from_ase(atoms, where, *((number, frame) if several else (frame, 0)))
+                except BadSample as error:
+                    yield error
+
+    def _images(self, number: int) -> Iterator[Any]:
+        """`ase.Atoms` or BadSample for each frame of a file. Damage between frames ends it."""
+        from ase.io import iread
+
+        file, frame = self.files[number], 0
+        by_frame = self._formats[number] == "extxyz"
+        images: Iterator[Any] = frames(file) if by_frame else iread(str(file), index=":", format=self._formats[number])
+        while True:
+            try:
+                image = next(images, None)
+            except Exception as error:  # parsers let anything out that damaged text makes them do
+                yield _unreadable(f"{file}: frame {frame} and what follows", error, "damaged file")
+                return
+            if image is None:
+                return
+            try:
+                yield parse(image) if by_frame else image
+            except Exception as error:
+                yield _unreadable(f"{file}: frame {frame}", error, "damaged record")
+            frame += 1
+
+
+def _unreadable(what: str, error: Exception, kind: str) -> BadSample:
+    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return BadSample(f"{what} cannot be read: {' '.join(reason.split())}", kind)

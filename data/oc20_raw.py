@@ -6,23 +6,20 @@ gas phase, so that energy - reference is the adsorption energy, which OC20's mod
 
 from __future__ import annotations
 
-import io
 import lzma
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
 
+from egnscale.data.extxyz import frames, open_text, parse
 from egnscale.data.sample import Sample
 from egnscale.data.source import BadSample, Source, from_ase
 
 SUFFIXES = (".extxyz", ".extxyz.xz")
 _LINE = re.compile(r"(?:random)?(\d{1,18}),(?:frame)?(\d{1,18}),(\S+)")
-#: Longest line, and most atoms of a frame, before a file counts as damaged.
-_MAX_LINE = 1 << 20
-_MAX_ATOMS = 1 << 20
+_MAX_LINE = 1000
 
 
 class OC20Raw(Source):
@@ -56,11 +53,10 @@ class OC20Raw(Source):
 
     def _read_pair(self, file: Path, labels: Path) -> Iterator[Sample | BadSample]:
         number = 0
-        with ExitStack() as stack:
-            frames, lines = (stack.enter_context(_open(path)) for path in (file, labels))
+        with open_text(labels) as lines, closing(frames(file)) as texts:
             try:
                 while True:
-                    frame, line = _next_frame(frames), lines.readline(_MAX_LINE)
+                    frame, line = next(texts, None), lines.readline(_MAX_LINE)
                     if frame is None or not line.strip():
                         break
                     try:
@@ -76,14 +72,12 @@ class OC20Raw(Source):
             yield BadSample(f"{longer} has more than the {number} frames of {shorter.name}", "damaged file")
 
     def _sample(self, frame: str, line: str, where: str) -> Sample:
-        from ase.io.extxyz import read_xyz
-
         match = _LINE.fullmatch(line.strip())
         try:
             if match is None:
                 raise ValueError(f"its line {line.strip()[:60]!r} is not `random<sid>,frame<fid>,<energy>`")
             reference = float(match[3])
-            (atoms,) = read_xyz(io.StringIO(frame), index=slice(None))
+            atoms = parse(frame)
         except Exception as error:  # the parser lets anything out that damaged text makes it do
             raise BadSample(f"{where} cannot be read: {error}", "damaged record") from error
         atoms.info.clear()
@@ -101,22 +95,3 @@ def labels_of(file: Path) -> Path | None:
 
 def _number(text: str) -> tuple[int, str]:
     return (int(text), "") if text.isdigit() else (-1, text)
-
-
-def _open(file: Path) -> TextIO:
-    if file.suffix == ".xz":
-        return lzma.open(file, "rt", encoding="utf-8")
-    return open(file, encoding="utf-8")
-
-
-def _next_frame(stream: TextIO) -> str | None:
-    """The text of the next frame; None at the end of the file."""
-    first = stream.readline(_MAX_LINE)
-    if not first.strip():
-        return None
-    if not first.strip().isdecimal() or not 1 <= int(first) <= _MAX_ATOMS:
-        raise ValueError(f"{first.strip()[:30]!r} is not a number of atoms")
-    lines = [first, *(stream.readline(_MAX_LINE) for _ in range(int(first) + 1))]
-    if not lines[-1]:
-        raise ValueError("it is cut short")
-    return "".join(lines)

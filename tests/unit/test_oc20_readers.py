@@ -337,14 +337,54 @@ def test_forces_are_those_without_constraints(samples: list[Sample], tmp_path: P
         assert sample.fixed.all(), name
 
 
-def test_damaged_trajectory(samples: list[Sample], tmp_path: Path) -> None:
+def test_damaged_extxyz(samples: list[Sample], tmp_path: Path) -> None:
+    """A damaged frame costs itself; where frames cannot be told apart any more, the rest of the file."""
     file = write_raw(tmp_path, "0", samples, 0.0)
     file.with_suffix(".txt").unlink()
-    file.write_text(file.read_text()[:-100])
-    *good, bad = open_source(file).read(0, 1)
-    assert all(isinstance(sample, Sample) for sample in good)
-    assert isinstance(bad, BadSample)
-    assert "what follows cannot be read" in str(bad)
+    good = file.read_text()
+    lines = good.splitlines(keepends=True)
+    second = samples[0].num_atoms + 2
+
+    def read(*changes: tuple[int, str]) -> tuple[int, list[str]]:
+        spoilt = list(lines)
+        for at, text in changes:
+            spoilt[at] = text
+        file.write_text("".join(spoilt))
+        got = list(open_source(file).read(0, 1))
+        return len(got), [str(sample) for sample in got if isinstance(sample, BadSample)]
+
+    count, (reason,) = read((second + 2, "Xx zero 0 0\n"))
+    assert count == 7
+    assert reason.startswith(f"{file}: frame 1 cannot be read")
+    for damaged, words in (("99999999999999999\n", "not a number of atoms"), ("900000\n", "cut short")):
+        count, (reason,) = read((second, damaged))
+        assert count == 2
+        assert reason.startswith(f"{file}: frame 1 and what follows cannot be read")
+        assert words in reason
+    for cut in (100, 1000):
+        file.write_text(good[:-cut])
+        *whole, bad = open_source(file).read(0, 1)
+        assert all(isinstance(sample, Sample) for sample in whole)
+        assert isinstance(bad, BadSample)
+
+
+def test_damaged_trajectory(samples: list[Sample], tmp_path: Path) -> None:
+    file = tmp_path / "set.traj"
+    with Trajectory(str(file), "w") as trajectory:
+        for sample in samples:
+            trajectory.write(to_atoms(sample))
+    content = file.read_bytes()
+    for at in range(40, len(content), 397):
+        file.write_bytes(content[:at])
+        try:
+            got = list(open_source(file).read(0, 1))
+        except ValueError as error:
+            assert str(file) in str(error)  # noqa: PT017
+            continue
+        assert all(isinstance(sample, Sample) for sample in got[:-1])
+        assert isinstance(got[-1], BadSample)
+        assert str(got[-1]).startswith(f"{file}: frame ")
+        assert "\n" not in str(got[-1])
 
 
 # ----------------------------------------------------------------------------------------------------- what is not data
