@@ -111,13 +111,15 @@ class AseFiles(Source):
                 return
             if image is None:
                 return
-            try:
-                yield parse(image) if by_frame else image
-            except Exception as error:
-                yield _unreadable(f"{file}: frame {frame}", error, "damaged record")
+            if by_frame:
+                try:
+                    image = parse(image)
+                except Exception as error:
+                    image = _unreadable(f"{file}: frame {frame}", error, "damaged record")
+            yield image
             frame += 1
 
 
 def _unreadable(what: str, error: Exception, kind: str) -> BadSample:
     reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return BadSample(f"{what} cannot be read: {' '.join(reason.split())}", kind)
+    return BadSample(f"{what} cannot be read: {reason}", kind)

@@ -48,7 +48,9 @@ class OC20Lmdb(IndexedSource):
             if type(count) is not int:
                 raise ValueError(f"{file}: the key `length` holds no number")
             if not 0 <= count <= entries - 1:
-                raise ValueError(f"{file}: the key `length` says {count}, but there are {entries} entries")
+                raise ValueError(
+                    f"{file}: the key `length` says {count}, but there are {entries} entries; copy or make it again"
+                )
         if count and self._lmdb.get(i, b"%d" % (count - 1)) is None:
             if self._lmdb.get(i, FORMAT_KEY) is not None:
                 raise ValueError(

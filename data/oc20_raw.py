@@ -7,6 +7,7 @@ gas phase, so that energy - reference is the adsorption energy, which OC20's mod
 from __future__ import annotations
 
 import lzma
+import math
 import re
 from collections.abc import Iterator
 from contextlib import closing
@@ -77,6 +78,8 @@ class OC20Raw(Source):
             if match is None:
                 raise ValueError(f"its line {line.strip()[:60]!r} is not `random<sid>,frame<fid>,<energy>`")
             reference = float(match[3])
+            if not math.isfinite(reference):
+                raise ValueError(f"its reference energy is {reference}")
             atoms = parse(frame)
         except Exception as error:  # the parser lets anything out that damaged text makes it do
             raise BadSample(f"{where} cannot be read: {error}", "damaged record") from error

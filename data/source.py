@@ -29,12 +29,12 @@ class BadSample(ValueError):
     """A structure that cannot be used.
 
     Args:
-        message: one line that names the file and the structure.
+        message: names the file and the structure; made one line.
         kind: what is wrong, in two or three words; the same for all that fail for the same reason.
     """
 
     def __init__(self, message: str, kind: str) -> None:
-        super().__init__(message)
+        super().__init__(" ".join(message.split()))
         self.kind = kind
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,26 @@ def test_one_file(place: Path) -> None:
     read = open_dataset(place / "one" / "data.0000.lmdb")
     assert_like_the_store(read, Store(place / "store"))
     assert (place / "one" / f"data.0000.lmdb.{CACHE}").exists()
+
+
+RANK = """
+import sys, time
+from egnscale.data import dataset
+scan = dataset._scan
+def slowly(*args):
+    print("reads", flush=True)
+    time.sleep(1.0)
+    return scan(*args)
+dataset._scan = slowly
+print(len(dataset.open_dataset(sys.argv[1]).num_atoms))
+"""
+
+
+def test_of_several_ranks_one_reads(place: Path) -> None:
+    command = [sys.executable, "-c", RANK, str(place / "train")]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    printed = [rank.communicate(timeout=60)[0].split() for rank in ranks]
+    assert sorted(printed) == [["30"], ["30"], ["reads", "30"]]
 
 
 @pytest.mark.parametrize("edges", [True, False])

@@ -218,6 +218,9 @@ def test_raw_files_that_do_not_fit(samples: list[Sample], tmp_path: Path) -> Non
     labels.write_text("\n".join([lines[0], "nonsense", *lines[2:]]))
     (reason,) = reasons()
     assert reason.startswith(": frame 1 cannot be read: its line 'nonsense'")
+    labels.write_text("\n".join([*lines[:6], "random1,frame2,nan"]))
+    (reason,) = reasons()
+    assert reason == ": frame 6 cannot be read: its reference energy is nan"
     labels.write_text("\n".join(lines))
     content = file.read_text().splitlines(keepends=True)
     bad = next(i for i, line in enumerate(content) if i > 12 and len(line.split()) > 7)
