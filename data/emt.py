@@ -11,18 +11,11 @@ the same options goes on from there and ends with the same bytes, for any number
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from egnscale.data.building import claim, compare, lock, run_in_pool, write_atomically
 from egnscale.data.emt_relax import MAX_ENERGY, MAX_FORCE, relax_system
 from egnscale.data.emt_systems import SPLITS, EmtOptions, Plan, System, plan_systems
 from egnscale.data.neighbors import count_edges
@@ -38,8 +32,6 @@ from egnscale.data.sample import Sample
 from egnscale.data.store import write_store
 
 TASKS = ("s2ef", "is2re")
-#: One thread for each worker: more would only compete, and could sum in another order.
-_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 def make_emt(
@@ -69,20 +61,20 @@ def make_emt(
     finished = out / "build.json"
     if finished.exists():
         report = json.loads(finished.read_text())
-        _compare(report["options"], _options(options), f"{out} was made", "choose another path, or remove it")
+        compare(report["options"], _options(options), f"{out} was made", "choose another path, or remove it")
         return report | {"status": "already there"}
     folder = out / ".build"
     if out.exists() and not folder.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} exists and is not an EMT data set; choose another path")
     (folder / "systems").mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
-        _claim(folder, _options(options) | {"versions": _versions()}, out)
+    with lock(folder, out):
+        claim(folder, _options(options) | {"versions": _versions()}, out)
         _relax_all(folder, plan, options, workers, progress)
         # Stores of a build that was killed here are complete, and cheap to write again.
         for task in TASKS:
             shutil.rmtree(out / task, ignore_errors=True)
         report = _write_stores(out, folder, plan, options)
-        _write_atomically(finished, json.dumps(report, indent=1).encode())
+        write_atomically(finished, json.dumps(report, indent=1).encode())
         shutil.rmtree(folder)
     return report | {"status": "made"}
 
@@ -95,43 +87,6 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("egnscale", "ase", "numpy")}
 
 
-def _compare(there: Mapping[str, Any], wanted: Mapping[str, Any], what: str, advice: str) -> None:
-    for name, value in wanted.items():
-        if there.get(name) != value:
-            raise ValueError(f"{what} with {name} {there.get(name)}, not {value}; {advice}")
-
-
-def _claim(folder: Path, wanted: dict[str, Any], out: Path) -> None:
-    """Write down what this build is, or check that it is the one begun here."""
-    file = folder / "options.json"
-    if file.exists():
-        _compare(
-            json.loads(file.read_text()), wanted, f"{out} was begun", "go on with the same, or remove it and begin anew"
-        )
-    else:
-        _write_atomically(file, json.dumps(wanted, indent=1).encode())
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Held by the build at work; the system releases it when that process ends, however it ends."""
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(f"another process is building {folder.parent}; wait for it, or end it") from None
-        yield
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
-
-
 # ------------------------------------------------------------------------------------------------- relaxing systems
 
 
@@ -140,58 +95,12 @@ def _relax_all(
 ) -> None:
     """Relax the systems that are not in `folder` yet."""
     missing = [system for system in plan.systems if _load(folder, system.sid) is None]
-    done, total = len(plan.systems) - len(missing), len(plan.systems)
-    progress(done, total)
-    if not missing:
-        return
-    # Spawned, also when there is one: every worker is the same fresh process, whatever the caller has loaded.
-    with _environment(_ONE_THREAD):
-        pool = ProcessPoolExecutor(
-            min(workers, len(missing)),
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-        )
-        futures = {pool.submit(_relax_one, folder, system, options): system for system in missing}
-        try:
-            for future in as_completed(futures):
-                try:
-                    future.result()
-                except BrokenProcessPool:
-                    raise OSError(
-                        "a worker was killed (out of memory?); run the same command to go on, or use fewer workers"
-                    ) from None
-                except (ValueError, OSError):
-                    raise  # these name the system or the file already
-                except Exception as error:
-                    raise RuntimeError(f"{futures[future]}: {type(error).__name__}: {error}") from error
-                done += 1
-                progress(done, total)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it: a worker waiting for work does not notice that it was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    total = len(plan.systems)
+    before = total - len(missing)
+    progress(before, total)
+    jobs = [(folder, system, options) for system in missing]
+    for done, _ in enumerate(run_in_pool(_relax_one, jobs, workers, lambda job: str(job[1])), start=before + 1):
+        progress(done, total)
 
 
 def _relax_one(folder: Path, system: System, options: EmtOptions) -> None:

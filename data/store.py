@@ -17,11 +17,11 @@ import os
 import zipfile
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import lmdb
 import numpy as np
 
+from egnscale.data.lmdb_files import open_environment
 from egnscale.data.record import decode_sample
 from egnscale.data.sample import Sample
 from egnscale.data.store_writer import COLUMNS, FORMAT, FORMAT_KEY, VERSION, digest, key, write_store
@@ -114,43 +114,18 @@ class Store:
         return environment
 
 
-#: LMDB refuses to open a file twice in one process, so the stores of a process share their environments.
-_ENVIRONMENTS: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictionary()
-_OPENED_AS: dict[str, tuple[int, int, int]] = {}  # process, device, inode
-
-
 def _open_shard(path: Path) -> lmdb.Environment:
-    """The environment of one shard, opened at most once in a process."""
-    name = str(path.resolve())
-    status = path.stat()
-    identity = (os.getpid(), status.st_dev, status.st_ino)
-    environment = _ENVIRONMENTS.get(name)
-    if environment is not None:
-        if _OPENED_AS[name] == identity:
-            return environment
-        # Inherited by fork, or of a file that is no longer there. Closing it here leaves the parent's as it is.
-        environment.close()
+    """The environment of one shard."""
+    environment = open_environment(path)
     try:
-        environment = lmdb.open(
-            name,
-            subdir=False,
-            readonly=True,
-            lock=False,
-            create=False,
-            readahead=False,
-            meminit=False,
-            max_spare_txns=1,
-        )
         with environment.begin() as transaction:
             marker = transaction.get(FORMAT_KEY)
     except lmdb.Error as error:
         raise ValueError(f"{path} is not an LMDB file, or is damaged ({error}); copy or make it again") from error
     if marker is None:
-        environment.close()
         raise ValueError(
             f"{path} is an LMDB file, but not of an egnscale store; `egnscale data convert` converts OC20's"
         )
-    _ENVIRONMENTS[name], _OPENED_AS[name] = environment, identity
     return environment
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,24 @@ class Summary:
                 total[1] += forces.size
                 total[2] = max(total[2], float(np.sqrt((forces**2).sum(axis=1).max(initial=0.0))))
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it, for `extend`."""
+        lists = {f"column_{name}": values for name, values in self.columns.items()} | self.energies
+        return {name: np.array(values) for name, values in lists.items()} | {
+            "forces": np.array(list(self.forces.values()), dtype=np.float64),
+            "elements": np.array(sorted(self.elements), dtype=np.int64),
+        }
+
+    def extend(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Add what another summary's `arrays` hold, as if its samples were added here."""
+        for name, column in self.columns.items():
+            column.frombytes(arrays[f"column_{name}"].astype(np.int64).tobytes())
+        for name, values in self.energies.items():
+            values.frombytes(arrays[name].astype(np.float64).tobytes())
+        for total, (squares, count, largest) in zip(self.forces.values(), arrays["forces"].tolist(), strict=True):
+            total[:] = [total[0] + squares, total[1] + int(count), max(total[2], largest)]
+        self.elements.update(arrays["elements"].tolist())
+
     def statistics(self) -> dict[str, Any]:
         """Energies in eV, forces in eV/A; None where no sample has the quantity. JSON-ready."""
         result: dict[str, Any] = {"elements": sorted(self.elements)}
@@ -188,7 +206,7 @@ def write_store(
         temporary.mkdir()
         _write_files(temporary, samples, shard_size, provenance or {}, edges)
         os.rename(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -213,15 +231,21 @@ def _write_files(
                 writer.add(encode_sample(waiting))
                 summary.add(waiting, edges(waiting))
                 waiting = next(stream, None)
-        file = directory / name
-        shards.append(
-            {
-                "name": name,
-                "num_samples": writer.num_samples,
-                "bytes": file.stat().st_size,
-                "sha256": digest(file),
-            }
-        )
+        shards.append(describe_shard(directory / name, writer.num_samples))
+    write_metadata(directory, shards, summary, provenance)
+
+
+def describe_shard(file: Path, num_samples: int) -> dict[str, Any]:
+    """What `metadata.json` says about a shard."""
+    return {"name": file.name, "num_samples": num_samples, "bytes": file.stat().st_size, "sha256": digest(file)}
+
+
+def write_metadata(directory: Path, shards: list[dict[str, Any]], summary: Summary, provenance: dict[str, Any]) -> None:
+    """Make a directory of shards a store: write `metadata.json` and `metadata.npz`, and force them to disk.
+
+    Args:
+        shards: from `describe_shard`, in the order of their samples in `summary`.
+    """
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -234,11 +258,11 @@ def _write_files(
     np.savez(directory / "metadata.npz", **columns)  # type: ignore[arg-type]
     (directory / "metadata.json").write_text(json.dumps(metadata, indent=1) + "\n")
     for name in ("metadata.npz", "metadata.json"):
-        _sync(directory / name)
-    _sync(directory)
+        sync(directory / name)
+    sync(directory)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Force a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

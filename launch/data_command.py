@@ -1,4 +1,4 @@
-"""`egnscale data make` and `egnscale data info`: make an EMT data set, say what a data set holds."""
+"""`egnscale data make`, `convert` and `info`: make an EMT data set, convert one, say what a data set holds."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from egnscale.data.dataset import Dataset, open_dataset
 from egnscale.data.emt import TASKS, make_emt
 from egnscale.data.emt_systems import ADSORBATES, METALS, MIN_STRUCTURES, SPLITS, EmtOptions
-from egnscale.data.store import Store
+from egnscale.launch import convert_command
+from egnscale.launch.reporting import show_reading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A",
         help="random displacements of the free atoms at the start, standard deviation in A (default %(default)s)",
     )
+    convert_command.add_arguments(actions)
     text = "count structures, systems, atoms, edges and elements; show energies and forces"
     info = actions.add_parser("info", help=text, description=text)
     info.set_defaults(action_run=_info)
-    info.add_argument("path", metavar="PATH", help="a store, or a directory of stores")
+    info.add_argument("path", metavar="PATH", help="a store, a directory of stores, or OC20's LMDB files")
     info.add_argument("--verify", action="store_true", help="read every record and compare every checksum")
 
 
@@ -133,7 +136,8 @@ def _made(report: dict[str, Any]) -> str:
 def _info(args: argparse.Namespace) -> dict[str, Any]:
     stores = {}
     for name, path in _find(Path(args.path)).items():
-        store = Store(path)
+        with show_reading(path) as progress:
+            store = open_dataset(path, progress=progress)
         if args.verify:
             store.verify()
         stores[name] = _describe(store)
@@ -155,7 +159,7 @@ def _find(path: Path) -> dict[str, Path]:
     return below or {path.name: path}
 
 
-def _describe(store: Store) -> dict[str, Any]:
+def _describe(store: Dataset) -> dict[str, Any]:
     statistics = store.metadata["statistics"]
     return {
         "structures": len(store),
@@ -169,7 +173,7 @@ def _describe(store: Store) -> dict[str, Any]:
         "energy_relaxed": statistics["energy_relaxed"],
         "forces": statistics["forces"],
         "shards": len(store.metadata["shards"]),
-        "bytes": sum(file.stat().st_size for file in store.path.iterdir()),
+        "bytes": sum(file.stat().st_size for file in ([store.path] if store.path.is_file() else store.path.iterdir())),
         "provenance": store.metadata["provenance"],
     }
 

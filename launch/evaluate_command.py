@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from egnscale.launch.relax_command import add_relaxation_arguments, relax_options
 
 if TYPE_CHECKING:
+    from egnscale.data.dataset import Dataset
     from egnscale.data.sample import Sample
-    from egnscale.data.store import Store
     from egnscale.launch.reference import Reference
     from egnscale.launch.run_files import TrainedModel
     from egnscale.launch.submission import Arrays
@@ -178,14 +178,13 @@ def _evaluate(
     return results, predictions
 
 
-def _open(path: Path, num_elements: int, unlabelled: bool) -> tuple[Store, bool]:
+def _open(path: Path, num_elements: int, unlabelled: bool) -> tuple[Dataset, bool]:
     """A store, and whether it has labels; if it must have them, the usual error where it has not."""
-    from egnscale.data.store import Store
-    from egnscale.launch.loading import open_labelled
+    from egnscale.launch.loading import open_data, open_labelled
     from egnscale.launch.relax_work import check_elements
 
     if unlabelled:
-        store = Store(path)
+        store = open_data(path)
         if len(store) and (store[0].energy is None or store[0].forces is None):
             check_elements(path, store, num_elements)
             return store, False
@@ -198,8 +197,7 @@ def _evaluate_relaxed(
     """IS2RE or IS2RS metrics of each split that has labels, and predictions."""
     import torch
 
-    from egnscale.data.store import Store
-    from egnscale.launch.loading import validation_splits
+    from egnscale.launch.loading import open_data, validation_splits
     from egnscale.launch.reference import write_inputs
     from egnscale.launch.relax_work import check_elements, settings_of
     from egnscale.launch.relaxation import Potential
@@ -213,7 +211,7 @@ def _evaluate_relaxed(
     inputs: list[Sample] = []
     splits = []
     for name, path in validation_splits(args.data, "is2re").items():
-        store = Store(path)
+        store = open_data(path)
         check_elements(path, store, trained.model.config.num_elements)
         splits.append(
             Split.of(
@@ -246,7 +244,7 @@ def _evaluate_relaxed(
     return results, predictions
 
 
-def _reference(args: argparse.Namespace, store: Store) -> Reference | None:
+def _reference(args: argparse.Namespace, store: Dataset) -> Reference | None:
     from egnscale.launch.reference import emt_forces, made_with_emt, read_results
 
     if args.task != "is2rs" or args.reference == "none":

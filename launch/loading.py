@@ -10,10 +10,12 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from egnscale.data.batch import AtomBatch, Collate, cell_coordinates
+from egnscale.data.dataset import Dataset, open_dataset
 from egnscale.data.neighbors import GraphSpec
+from egnscale.data.readers import holds_sources
 from egnscale.data.sample import Sample
 from egnscale.data.sampler import BalancedBatchSampler
-from egnscale.data.store import Store
+from egnscale.launch.reporting import show_reading
 from egnscale.models import AtomModelConfig, ExtendedGraph
 from egnscale.scaling.layout import Mesh
 from egnscale.scaling.partition import partition_by_owner
@@ -29,17 +31,23 @@ def graph_spec(config: AtomModelConfig) -> GraphSpec:
     )
 
 
+def open_data(path: str | Path) -> Dataset:
+    """A store, or OC20's LMDB files and their like, read once with a line of progress where sizes are not known yet."""
+    with show_reading(path) as progress:
+        return open_dataset(path, progress=progress)
+
+
 #: What a task reads of each structure.
 LABELS = {"s2ef": ("energy", "forces"), "is2re": ("energy_relaxed",)}
 
 
-def open_labelled(path: str | Path, num_elements: int, task: str = "s2ef") -> Store:
-    """Open a store for training or evaluation.
+def open_labelled(path: str | Path, num_elements: int, task: str = "s2ef") -> Dataset:
+    """Open a store, or OC20's LMDB files and their like, for training or evaluation.
 
     Raises:
         ValueError: if it is empty, lacks what the task needs, or holds elements that the model does not know.
     """
-    store = Store(path)
+    store = open_data(path)
     if not len(store):
         raise ValueError(f"{path} holds no structures")
     sample = store[0]
@@ -76,7 +84,7 @@ class PartCollate:
 
 
 def make_loader(
-    store: Store,
+    store: Dataset,
     sampler: BalancedBatchSampler,
     model: AtomModelConfig,
     mesh: Mesh,
@@ -92,7 +100,7 @@ def make_loader(
     )
 
 
-def sizes_for_balance(store: Store, rule: str) -> np.ndarray:
+def sizes_for_balance(store: Dataset, rule: str) -> np.ndarray:
     """What the sampler balances over ranks."""
     if rule == "none":
         return np.ones(len(store))
@@ -104,20 +112,25 @@ SPLIT_ORDER = ("val_id", "val_ood_ads", "val_ood_cat", "val_ood_both")
 
 
 def validation_splits(path: Path, task: str = "s2ef") -> dict[str, Path]:
-    """{name: store}: the path itself if it is a store, else the `val_*` stores in it (or in its `s2ef`, ...).
+    """{name: data set}: the path itself if it is one, else the `val_*` ones in it (or in its `s2ef`, ...).
 
-    Where there are none, the `test_*` stores, whose labels others keep.
+    Where there are none, the `test_*` ones, whose labels others keep.
 
     Raises:
         ValueError: if there is nothing to evaluate on.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    if (path / "metadata.json").is_file():
+    if path.is_file() or _is_data(path):
         return {path.name: path}
     for root, kind in ((path, "val_"), (path / task, "val_"), (path, "test_"), (path / task, "test_")):
-        found = {file.parent.name: file.parent for file in sorted(root.glob(f"{kind}*/metadata.json"))}
+        folders = [folder for folder in sorted(root.glob(f"{kind}*")) if folder.is_dir() and _is_data(folder)]
+        found = {folder.name: folder for folder in folders}
         if found:
             known = [name for name in (kind + split.removeprefix("val_") for split in SPLIT_ORDER) if name in found]
             return {name: found[name] for name in [*known, *(name for name in found if name not in known)]}
     raise ValueError(f"{path} is no store of egnscale, and holds no val_* stores")
+
+
+def _is_data(folder: Path) -> bool:
+    return (folder / "metadata.json").is_file() or holds_sources(folder)

@@ -14,8 +14,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from egnscale.data.dataset import Dataset, ForeignDataset
 from egnscale.data.sample import Sample
 from egnscale.data.store import Store
+from egnscale.launch.loading import open_data
 from egnscale.launch.reference import read_atoms
 from egnscale.launch.relaxation import Potential, Relaxed, RelaxOptions, relax
 from egnscale.launch.relaxation_folder import RelaxationFolder
@@ -34,14 +36,14 @@ def settings_of(trained: TrainedModel, options: RelaxOptions, dtype: str) -> dic
 
 
 def read_structures(path: Path, num_elements: int) -> Sequence[Sample]:
-    """A store, or the structures of a file; sid is `info["sid"]` where all have different ones, else the number.
+    """A data set, or the structures of a file that ASE reads; sid is `info["sid"]` where all have different ones, else the number.
 
     Raises:
         ValueError: naming the first structure that makes no sense, holds an unknown element, or has constraints other
             than fixed atoms.
     """
-    if path.is_dir():
-        store = Store(path)
+    if path.is_dir() or path.suffix in (".lmdb", ".aselmdb"):
+        store = open_data(path)
         check_elements(path, store, num_elements)
         return store  # type: ignore[return-value]
     structures = read_atoms(path)
@@ -67,7 +69,7 @@ def read_structures(path: Path, num_elements: int) -> Sequence[Sample]:
     return samples
 
 
-def check_elements(path: Path, store: Store, num_elements: int) -> None:
+def check_elements(path: Path, store: Dataset, num_elements: int) -> None:
     """Raises ValueError if the store holds an element that the model does not know."""
     highest = max(store.metadata["statistics"]["elements"])
     if highest > num_elements:
@@ -76,14 +78,14 @@ def check_elements(path: Path, store: Store, num_elements: int) -> None:
 
 def ids(samples: Sequence[Sample]) -> tuple[list[int], list[int]]:
     """sids and fids."""
-    if isinstance(samples, Store):
+    if isinstance(samples, Store | ForeignDataset):
         return samples.sid.tolist(), samples.fid.tolist()
     return [sample.sid for sample in samples], [sample.fid for sample in samples]
 
 
 def share_of(samples: Sequence[Sample], mesh: Mesh, count: int) -> list[int]:
     """Which of the first `count` structures this replica relaxes, large ones first; all have some of every size."""
-    if isinstance(samples, Store):
+    if isinstance(samples, Store | ForeignDataset):
         sizes = samples.num_atoms[:count].astype(np.int64)
     else:
         sizes = np.array([sample.num_atoms for sample in samples[:count]], dtype=np.int64)

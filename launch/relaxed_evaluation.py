@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from egnscale.data.dataset import Dataset
 from egnscale.data.sample import Sample
 from egnscale.data.store import Store
 from egnscale.launch.reference import Reference
@@ -31,7 +32,7 @@ RelaxedTask = Literal["is2re", "is2rs"]
 class First(Sequence[Sample]):
     """The first structures of a store."""
 
-    def __init__(self, store: Store, count: int | None) -> None:
+    def __init__(self, store: Dataset, count: int | None) -> None:
         self.store = store
         self._length = len(store) if count is None else min(count, len(store))
 
@@ -61,7 +62,7 @@ class Split:
     def of(
         cls,
         name: str,
-        store: Store,
+        store: Dataset,
         task: RelaxedTask,
         *,
         reference: Reference | None,

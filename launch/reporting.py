@@ -12,7 +12,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -332,3 +333,19 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+@contextmanager
+def show_reading(path: str | Path) -> Iterator[Callable[[int, int], None]]:
+    """Progress of reading structures once: a line on standard error, if that is a terminal."""
+    shown = False
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        if sys.stderr.isatty():
+            shown = True
+            print(f"\rsizes of {path}: {done:,} of {total:,} structures read", end="", file=sys.stderr, flush=True)
+
+    yield show
+    if shown:
+        print(file=sys.stderr)

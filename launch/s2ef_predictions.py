@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from egnscale.data.batch import AtomBatch
-from egnscale.data.store import Store
+from egnscale.data.dataset import Dataset
 from egnscale.launch.submission import Arrays, s2ef_predictions
 from egnscale.launch.tasks import Normalizer
 from egnscale.models import ExtendedGraph, Prediction
@@ -52,7 +52,7 @@ class Recorder:
             forces = own[own[:, 3] == 0, :3].numpy()
             self._predictions[key] = (energy, forces.astype("float32" if self.full_precision else "float16"))
 
-    def arrays(self, store: Store, count: int) -> Arrays:
+    def arrays(self, store: Dataset, count: int) -> Arrays:
         """Of the first `count` structures of the store, in its order; the same on every rank."""
         together: dict[Key, tuple[float, np.ndarray]] = {}
         for part in gather_over_ranks(self._predictions):

@@ -1,0 +1,267 @@
+"""`open_dataset`: a store, or data of another program read where they are, as one map-style data set.
+
+Reading OC20's LMDB files directly saves the conversion and its disk space. What training wants to know beforehand, the
+size of every structure and the spread of energies and forces, is in no file of OC20's; only the sizes may be in a
+metadata.npz beside them. What is missing is found by reading structures once, and kept beside the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from egnscale.data.neighbors import count_edges
+from egnscale.data.readers import holds_sources, open_source
+from egnscale.data.sample import Sample
+from egnscale.data.source import BadSample, IndexedSource
+from egnscale.data.store import Store
+from egnscale.data.store_writer import COLUMNS, Summary
+
+#: Structures that statistics are made of where metadata.npz has the sizes: enough for a mean within 1 % of the spread.
+SAMPLED = 10_000
+_CACHE = "egnscale-sizes.npz"
+
+Progress = Callable[[int, int], None]
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+class Dataset(Protocol):
+    """What training, evaluation and `egnscale data info` use of a data set."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def metadata(self) -> dict[str, Any]: ...
+
+    @property
+    def num_atoms(self) -> np.ndarray: ...
+
+    @property
+    def num_edges(self) -> np.ndarray: ...
+
+    @property
+    def sid(self) -> np.ndarray: ...
+
+    @property
+    def fid(self) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Sample: ...
+
+    def verify(self) -> None: ...
+
+
+def open_dataset(path: str | Path, *, progress: Progress = _silent) -> Dataset:
+    """Open a store, OC20's LMDB files, `.aselmdb` files or an ASE database.
+
+    Args:
+        progress: called with (structures read, structures to read) where the structures have to be read once.
+
+    Raises:
+        FileNotFoundError: if there is nothing at `path`.
+        ValueError: if what is there is damaged, or cannot be read in any order.
+    """
+    path = Path(path)
+    if path.is_dir() and ((path / "metadata.json").exists() or not holds_sources(path)):
+        return Store(path)
+    source = open_source(path)
+    if not isinstance(source, IndexedSource):
+        raise ValueError(
+            f"{path} ({source.kind}) can only be read from start to end; "
+            f"`egnscale data convert {path} OUT` makes a store of it"
+        )
+    return ForeignDataset(source, progress)
+
+
+class ForeignDataset:
+    """Data of another program with what a `Store` knows: sizes and statistics.
+
+    Cheap to pickle and safe to fork.
+
+    Args:
+        source: where the structures are.
+        progress: called with (structures read, structures to read).
+
+    Raises:
+        ValueError: if a structure that has to be read cannot be used.
+    """
+
+    num_atoms: np.ndarray  #: (S,) int32, atoms of each structure
+    num_edges: np.ndarray  #: (S,) int32, edges of each structure's OC20 graph
+
+    def __init__(self, source: IndexedSource, progress: Progress = _silent) -> None:
+        self._source = source
+        self.path = source.path
+        sizes = _given_sizes(source)
+        with _one_at_a_time(source.path):
+            known = _cached(source, complete=sizes is None)
+            if known is None:
+                known = _scan(source, range(len(source)) if sizes is None else _spread(len(source)), progress)
+                _keep(source, known)
+        summary = Summary()
+        summary.extend(known)
+        if sizes is None:
+            self._columns: dict[str, np.ndarray] | None = _columns(known)
+            self.num_atoms, self.num_edges = (self._columns[name] for name in ("natoms", "neighbors"))
+        else:
+            self._columns = None
+            self.num_atoms, edges = sizes
+            if edges is None:
+                read = _columns(known)
+                edges = np.rint(self.num_atoms * (read["neighbors"].sum() / read["natoms"].sum())).astype(np.int32)
+            self.num_edges = edges
+        self.metadata: dict[str, Any] = {
+            "num_samples": len(source),
+            "shards": [{"name": file.name, "bytes": file.stat().st_size} for file in source.files],
+            "statistics": summary.statistics(),
+            "provenance": {"kind": source.kind, "statistics_of": len(known["column_natoms"])},
+        }
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, i: int) -> Sample:
+        return self._source[i]
+
+    @cached_property
+    def sid(self) -> np.ndarray:
+        """(S,) int64; reads every structure if only their sizes are known so far."""
+        return self._all_columns["sid"]
+
+    @cached_property
+    def fid(self) -> np.ndarray:
+        """(S,) int64; reads every structure if only their sizes are known so far."""
+        return self._all_columns["fid"]
+
+    def verify(self) -> None:
+        """Read every structure.
+
+        Raises:
+            ValueError: naming the first that cannot be used.
+        """
+        for i in range(len(self)):
+            self[i]
+
+    @property
+    def _all_columns(self) -> dict[str, np.ndarray]:
+        if self._columns is None:
+            self._columns = _columns(_scan(self._source, range(len(self)), _silent, edges=lambda sample: 0))
+        return self._columns
+
+
+def _columns(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: arrays[f"column_{name}"].astype(dtype) for name, dtype in COLUMNS.items()}
+
+
+def _spread(count: int) -> Sequence[int]:
+    """Up to `SAMPLED` numbers of structures, evenly spread."""
+    if count <= SAMPLED:
+        return range(count)
+    return np.linspace(0, count - 1, SAMPLED).astype(np.int64).tolist()
+
+
+def _scan(
+    source: IndexedSource,
+    numbers: Sequence[int],
+    progress: Progress,
+    edges: Callable[[Sample], int] = count_edges,
+) -> dict[str, np.ndarray]:
+    """`Summary.arrays` of some structures."""
+    summary = Summary()
+    for done, i in enumerate(numbers):
+        if done % 100 == 0:
+            progress(done, len(numbers))
+        try:
+            sample = source[i]
+        except BadSample as error:
+            raise ValueError(
+                f"{error}; `egnscale data convert --skip-bad` makes a store without such structures"
+            ) from error
+        summary.add(sample, edges(sample))
+    progress(len(numbers), len(numbers))
+    return summary.arrays()
+
+
+# ------------------------------------------------------------------------------------------------ files beside the data
+
+
+def _given_sizes(source: IndexedSource) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """Atoms, and edges where they are there, from a metadata.npz beside the data."""
+    directory = source.path.is_dir()
+    file = (source.path if directory else source.path.parent) / "metadata.npz"
+    if not file.is_file():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            atoms = archive["natoms"]
+            edges = archive.get("neighbors")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is damaged ({error}); remove it, and sizes are found anew") from error
+    for column in (atoms, edges):
+        if column is not None and (column.shape != (len(source),) or column.dtype.kind not in "iu"):
+            if not directory:
+                return None  # it describes all files of the directory, and this is one of them
+            raise ValueError(f"{file} does not have {len(source)} sizes; remove it, and sizes are found anew")
+    return atoms.astype(np.int32), None if edges is None else edges.astype(np.int32)
+
+
+def _cache_file(source: IndexedSource) -> Path:
+    return source.path / _CACHE if source.path.is_dir() else source.path.with_name(f"{source.path.name}.{_CACHE}")
+
+
+def _fingerprint(source: IndexedSource) -> str:
+    """Changes when the files do."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
+    return hashlib.sha256(json.dumps([1, files]).encode()).hexdigest()
+
+
+def _cached(source: IndexedSource, complete: bool) -> dict[str, np.ndarray] | None:
+    """What an earlier reading has kept; of all structures, if `complete`."""
+    try:
+        with np.load(_cache_file(source), allow_pickle=False) as archive:
+            arrays = dict(archive)
+        if str(arrays.pop("fingerprint")) != _fingerprint(source):
+            return None
+        needed = len(source) if complete else len(_spread(len(source)))
+        return arrays if len(arrays["column_natoms"]) >= needed else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _keep(source: IndexedSource, arrays: dict[str, np.ndarray]) -> None:
+    """Write the cache, whole or not at all. A place that cannot be written to is no error."""
+    file = _cache_file(source)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as opened:
+            np.savez(opened, fingerprint=np.array(_fingerprint(source)), **arrays)  # type: ignore[arg-type]
+        os.rename(temporary, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """The ranks of a run open their data at once: one reads the structures, the others wait for what it keeps."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            descriptor = os.open(path if path.is_dir() else path.parent, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
