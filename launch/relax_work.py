@@ -36,7 +36,9 @@ def settings_of(trained: TrainedModel, options: RelaxOptions, dtype: str) -> dic
 
 
 def read_structures(path: Path, num_elements: int) -> Sequence[Sample]:
-    """A data set, or the structures of a file that ASE reads; sid is `info["sid"]` where all have different ones, else the number.
+    """A data set, or the structures of a file that ASE reads.
+
+    A structure's sid is `info["sid"]` where all have different ones, else its number.
 
     Raises:
         ValueError: naming the first structure that makes no sense, holds an unknown element, or has constraints other

@@ -191,7 +191,7 @@ CASES: dict[str, tuple[Callable[[Path], None], Callable[[Path], list[str]], str]
     "damaged metadata": (truncate("data/s2ef/train/metadata.json"), train(), "metadata.json"),
     "damaged columns": (truncate("data/s2ef/train/metadata.npz"), train(), "metadata.npz"),
     "unknown element": (nothing, train("model.num_elements=10"), "num_elements"),
-    "no labels": (unlabelled, lambda place: ["evaluate", f"{place}/run", f"{place}/plain"], "no energies"),
+    "no labels": (unlabelled, lambda place: ["evaluate", f"{place}/run", f"{place}/plain"], "no energy and no forces"),
     "no store": (nothing, lambda place: ["data", "info", f"{place}/run"], "run"),
     # the run
     "existing run": (nothing, lambda place: ["train", f"{place}/config.yaml"], "--resume"),
