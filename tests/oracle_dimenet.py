@@ -81,9 +81,10 @@ def dimenet(
     envelope = (1 / x + a * x ** (p - 1) + b * x**p + c * x ** (p + 1)) * (x < 1)
     rbf = envelope * torch.sin(embedding.radial_basis.frequencies * x)
     columns = []
-    for l, zeros in enumerate(bessel_zeros(config.num_spherical, config.num_radial).to(x)):
-        norm = math.sqrt(2) / torch.as_tensor(spherical_jn(l + 1, zeros.double().cpu().numpy())).to(x).abs()
-        columns.append((envelope * norm * _spherical_bessel(l, zeros * x))[kj] * _circular_harmonic(l, cosine)[:, None])
+    for l, zeros in enumerate(bessel_zeros(config.num_spherical, config.num_radial)):
+        norms = torch.as_tensor(math.sqrt(2) / abs(spherical_jn(l + 1, zeros.numpy()))).to(x)
+        radial = envelope * norms * _spherical_bessel(l, zeros.to(x) * x)
+        columns.append(radial[kj] * _circular_harmonic(l, cosine)[:, None])
     sbf = torch.cat(columns, dim=1)  # (Q, S * R)
 
     def output(layer: Any, m: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import oracle
+import oracle_dimenet
 import pytest
 import structures
 import torch
@@ -20,9 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from egnscale.data.batch import build_graph
 from egnscale.data.neighbors import GraphSpec
-from egnscale.models import ExtendedGraph, GemNetT, Prediction, build_model
+from egnscale.launch.loading import graph_spec
+from egnscale.models import AtomModel, DimeNetPlusPlus, ExtendedGraph, GemNetT, Prediction, build_model
 
-Predict = Callable[[GemNetT, ExtendedGraph], Prediction]
+Predict = Callable[[Any, ExtendedGraph], Prediction]
 
 
 class Allocations(TorchDispatchMode):
@@ -42,7 +44,7 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def step(predict: Predict, model: GemNetT, graph: ExtendedGraph) -> tuple[Allocations, int]:
+def step(predict: Predict, model: AtomModel, graph: ExtendedGraph) -> tuple[Allocations, int]:
     """Allocations and floating-point operations of one forward and backward."""
     with Allocations() as allocations, FlopCounterMode(display=False) as flops:
         prediction = predict(model, graph)
@@ -118,3 +120,47 @@ def test_cost_of_an_edge_is_flat_as_neighbours_grow() -> None:
 def test_cost_of_an_edge_of_the_plain_form_grows() -> None:
     costs = per_edge(lambda graph: of_oracle(graph, padded=True))
     assert costs["largest"][-1] > 2 * costs["largest"][0]
+
+
+# DimeNet++, conservative: forward, forces, and the gradient of both. Its triplets are the paths k -> j -> i.
+
+
+def dimenet_large(device: str, **hyperparameters: Any) -> DimeNetPlusPlus:
+    with torch.device(device):
+        return build_model("dimenet++-large", **hyperparameters)
+
+
+def path_graph(cutoff: float, max_neighbors: int | None = None) -> tuple[ExtendedGraph, oracle_dimenet.Paths]:
+    spec = graph_spec(dimenet_large("meta", cutoff=cutoff, max_neighbors=max_neighbors).config)
+    graph = build_graph([structures.slab(size=(4, 4, 5))], spec)
+    return graph, oracle_dimenet.list_paths(graph)
+
+
+def of_plain_paths(paths: oracle_dimenet.Paths) -> Predict:
+    on_meta = oracle_dimenet.Paths(*(rows.to("meta") for rows in paths))
+    return lambda model, graph: oracle_dimenet.dimenet(model, graph, paths=on_meta)
+
+
+def test_no_path_sized_tensor_is_made_for_conservative_forces() -> None:
+    graph, paths = path_graph(6.0, max_neighbors=50)
+    size = len(paths.kj) * 64
+    allocations, _ = step(of_model, dimenet_large("meta"), graph.to("meta"))
+    assert allocations.largest < size / 4
+    plain, _ = step(of_plain_paths(paths), dimenet_large("meta"), graph.to("meta"))
+    assert plain.largest >= size
+
+
+def test_cost_of_an_edge_of_dimenet_is_flat_as_neighbours_grow() -> None:
+    ours: dict[str, list[float]] = {"largest": [], "total": [], "flops": []}
+    plain: list[float] = []
+    for cutoff in (4.0, 6.0, 9.0):
+        graph, paths = path_graph(cutoff)
+        model = dimenet_large("meta", cutoff=cutoff)
+        allocations, flops = step(of_model, model, graph.to("meta"))
+        for name, cost in (("largest", allocations.largest), ("total", allocations.total), ("flops", flops)):
+            ours[name].append(cost / graph.num_edges)
+        plain.append(step(of_plain_paths(paths), model, graph.to("meta"))[0].total / graph.num_edges)
+    for name, costs in ours.items():
+        # Few neighbours leave more padding in the batches of atoms.
+        assert max(costs) < 1.25 * min(costs), f"{name} for each edge: {costs}"
+    assert plain[-1] > 2 * plain[0]
