@@ -128,7 +128,9 @@ def read_atoms(path: Path) -> list[Atoms]:
     try:
         found = ase.io.read(path, ":")
     except Exception as error:  # whatever a reader of some format raises when it meets another
-        text = " ".join(str(error).split())[:200] or type(error).__name__
+        text = " ".join(str(error).split())[:200]
+        # Of a type that it does not know, ASE says the name and nothing else.
+        text = text if " " in text else f"{type(error).__name__}: {text}"
         raise ValueError(f"{path} cannot be read as structures: {text}") from error
     structures = found if isinstance(found, list) else [found]
     if not structures:

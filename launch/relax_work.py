@@ -6,11 +6,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -95,6 +96,24 @@ def share_of(samples: Sequence[Sample], mesh: Mesh, count: int) -> list[int]:
     return order[mesh.data_rank :: mesh.layout.data].tolist()
 
 
+class Patience:
+    """A meeting point for replicas that are not done at the same time. Making it and waiting are collective.
+
+    Relaxations take hours, and the usual collectives give up after half of one. A rank that ends while others wait
+    here is noticed by the watch (`egnscale.scaling.failure`).
+    """
+
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+        if dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self._group is not None:
+            dist.barrier(self._group)
+
+
 def relax_share(
     samples: Sequence[Sample],
     share: Sequence[int],
@@ -163,6 +182,7 @@ def relax_into(
         ValueError, OSError: as `RelaxationFolder.claim`, on every rank.
     """
     once(folder.claim)
+    patience = Patience()
     try:
         if not folder.finished:
             share = share_of(samples, mesh, len(folder.names))
@@ -179,7 +199,7 @@ def relax_into(
                 done=len(share) - len(missing),
             ):
                 folder.save(relaxed)
-            mesh.sum_over_data(torch.zeros(1, device=mesh.device))  # until all replicas are done
+            patience.wait()
             once(lambda: folder.finish(samples))
     finally:
         folder.release()

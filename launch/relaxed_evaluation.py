@@ -18,7 +18,7 @@ from egnscale.data.dataset import Dataset
 from egnscale.data.sample import Sample
 from egnscale.data.store import Store
 from egnscale.launch.reference import Reference
-from egnscale.launch.relax_work import ids, relax_into, relax_share, share_of
+from egnscale.launch.relax_work import Patience, ids, relax_into, relax_share, share_of
 from egnscale.launch.relaxation import Potential, Relaxed, RelaxOptions
 from egnscale.launch.relaxation_folder import RelaxationFolder, names_of
 from egnscale.launch.relaxation_metrics import IS2REMetrics, IS2RSMetrics
@@ -131,9 +131,11 @@ def evaluate_split(
     if not has_forces:
         return _direct(split, potential, mesh, share, batch_size)
     if out is None:
+        patience = Patience()
         results = list(
             relax_share(split.samples, share, potential, options, batch_size=batch_size, quiet=quiet, title=split.name)
         )
+        patience.wait()
         everywhere = [relaxed for part in gather_over_ranks(results) for relaxed in part]
     else:
         folder = RelaxationFolder(out, names_of(*_ids(split.samples)), settings or {})

@@ -243,6 +243,7 @@ CASES: dict[str, tuple[Callable[[Path], None], Callable[[Path], list[str]], str]
     "no structures": (nothing, relax_file("none.traj"), "none.traj does not exist"),
     "empty file": (write("in.extxyz", ""), relax_file("in.extxyz"), "in.extxyz"),
     "no structure file": (write("in.traj", "hello"), relax_file("in.traj"), "in.traj cannot be read as structures"),
+    "another type of file": (nothing, relax_file("config.yaml"), "config.yaml cannot be read as structures: Unknown"),
     "a directory": (nothing, relax_file("run"), "run"),
     "damaged store": (
         truncate("data/s2ef/val_id/metadata.json"),
