@@ -7,7 +7,6 @@ Zeros and norms of its Bessel functions were rounded to fp32, which is reproduce
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from egnscale.data.neighbors import GraphSpec
 from egnscale.data.sample import Sample
 from egnscale.models import DimeNetPlusPlus, ExtendedGraph, Prediction, build_model
 from egnscale.models.basis import bessel_series, bessel_zeros
+from egnscale.models.oc20_names import to_our_names
 
 TOLERANCE = 1e-10
 NOT_OURS = ("otf_graph", "regress_forces", "use_pbc")
@@ -44,9 +44,8 @@ class Reference:
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """Parameters or their gradients, under our names."""
-        return {
-            our_name(name.removeprefix(prefix)): value for name, value in self.arrays.items() if name.startswith(prefix)
-        }
+        public = {name.removeprefix(prefix): v for name, v in self.arrays.items() if name.startswith(prefix)}
+        return to_our_names(public)
 
     def model(self, **hyperparameters: str) -> DimeNetPlusPlus:
         sizes = {name: value for name, value in self.config.items() if name not in NOT_OURS}
@@ -54,20 +53,6 @@ class Reference:
         model.load_state_dict(self.under("sd/"))
         model.embedding.bessel_basis.series = bessel_series(*rounded_zeros_and_norms(7, 6))
         return model
-
-
-def our_name(public: str) -> str:
-    rules = (
-        (r"^rbf\.freq$", "embedding.radial_basis.frequencies"),
-        (r"^emb\.emb\.weight$", "embedding.atom_embedding"),
-        (r"^emb\.", "embedding."),
-        (r"^output_blocks\.0\.", "embedding.output."),
-        (r"^output_blocks\.(\d+)\.", lambda match: f"blocks.{int(match[1]) - 1}.output."),
-        (r"^interaction_blocks\.(\d+)\.", r"blocks.\1.interaction."),
-    )
-    for pattern, replacement in rules:
-        public = re.sub(pattern, replacement, public)
-    return public
 
 
 def rounded_zeros_and_norms(num_spherical: int, num_radial: int) -> tuple[Tensor, Tensor]:
