@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 #: Modules of the commands, in the order of `egnscale --help`. Imported only when needed: torch takes seconds.
 COMMANDS = {
-    "data": ("egnscale.launch.data_command", "make and inspect data sets"),
+    "data": ("egnscale.launch.data_command", "make, convert and inspect data sets"),
     "train": ("egnscale.launch.train_command", "train a model"),
     "evaluate": ("egnscale.launch.evaluate_command", "evaluate a checkpoint on a data set"),
     "checkpoint": ("egnscale.launch.checkpoint_command", "exchange checkpoints with OC20's code, look into them"),

@@ -56,6 +56,23 @@ direct_forces: True
 """
 
 
+#: The model block of OC20's dimenetpp.yml.
+OC20_DIMENET = """
+name: dimenetplusplus
+hidden_channels: 192
+out_emb_channels: 192
+num_blocks: 3
+cutoff: 6.0
+num_radial: 6
+num_spherical: 7
+num_before_skip: 1
+num_after_skip: 2
+num_output_layers: 3
+regress_forces: True
+use_pbc: True
+"""
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
@@ -78,8 +95,20 @@ def test_defaults(file: Path) -> None:
 
 
 def test_a_published_model_block_can_be_pasted_in() -> None:
-    given = ModelConfig.model_validate(yaml.safe_load(OC20_MODEL))
-    assert model_config(None, **given.hyperparameters()) == model_config("gemnet-dt")
+    for block, preset in ((OC20_MODEL, "gemnet-dt"), (OC20_DIMENET, "dimenet++")):
+        given = ModelConfig.model_validate(yaml.safe_load(block))
+        assert model_config(None, name=given.name, **given.hyperparameters()) == model_config(preset)
+
+
+def test_published_names_for_forces() -> None:
+    for given, forces in (
+        ({"direct_forces": False}, "conservative"),
+        ({"direct_forces": True}, "direct"),
+        ({"regress_forces": False}, "none"),
+        ({"forces": "conservative", "direct_forces": False}, "conservative"),
+    ):
+        values = ModelConfig.model_validate({"preset": "gemnet-dt", **given}).hyperparameters()
+        assert model_config("gemnet-dt", **values).forces == forces
     assert ModelConfig.model_validate({"name": "gp_gemnet_t"}).name == "gemnet_t"
 
 

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from toy import make_dataset
+from toy import make_dataset, make_relaxed_dataset
 
 from egnscale.launch.cli import COMMANDS, _parse, main
 from egnscale.launch.config import load_config
@@ -32,7 +32,7 @@ def commands() -> list[str]:
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few steps of the quickstart's configuration on toy data."""
     root = tmp_path_factory.mktemp("quickstart")
-    make_dataset(root / "data", train=8, val=3)
+    make_relaxed_dataset(make_dataset(root / "data", train=8, val=3), train=8, val=3)
     words = [f"data.train={root}/data/s2ef/train", f"data.val={root}/data/s2ef", f"task.output={root}/run"]
     config = ROOT / "examples" / "configs" / "quickstart.yaml"
     assert main(["train", str(config), *words, "optim.max_steps=3", "data.workers=0", "--json"]) == 0
@@ -71,7 +71,7 @@ def test_tour_is_short() -> None:
 def test_parameter_table() -> None:
     import torch
 
-    rows = dict(re.findall(r"^\| `(gemnet-[^`]+)` \|[^|]*\| ([\d,]+) \|", README, flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| `((?:gemnet-|dimenet)[^`]+)` \|[^|]*\| ([\d,]+) \|", README, flags=re.MULTILINE))
     assert rows.keys() == PRESETS.keys()
     with torch.device("meta"):
         for preset, count in rows.items():
@@ -87,11 +87,16 @@ def test_links_lead_somewhere() -> None:
 def test_example_configurations_train(path: Path, quickstart: Path, tmp_path: Path) -> None:
     config = load_config(path)
     data = quickstart / "data"
-    words = [f"data.train={data}/s2ef/train", f"data.val={data}/s2ef", f"task.output={tmp_path}/run", "data.workers=0"]
+    kind = config.task.name
+    words = [f"data.train={data}/{kind}/train", f"data.val={data}/{kind}", f"task.output={tmp_path}/run"]
+    words.append("data.workers=0")
     if config.model.preset:
         # The published widths are for GPUs; the configuration is the same.
-        sizes = ("atom", "edge", "trip", "bil_trip")
-        words += ["model.num_blocks=1", *(f"model.emb_size_{size}=16" for size in sizes)]
+        sizes = [f"emb_size_{size}" for size in ("atom", "edge", "trip", "bil_trip")]
+        sizes = ["hidden_channels", "out_emb_channels"] if "dimenet" in config.model.preset else sizes
+        words += ["model.num_blocks=1", *(f"model.{size}=16" for size in sizes)]
+    if config.task.init_from:
+        words.append(f"task.init_from={quickstart / 'run'}")
     if config.optim.max_epochs:
         words.append("optim.max_epochs=null")
     assert main(["train", str(path), *words, "optim.max_steps=2", "optim.batch_size=2", "--json"]) == 0
