@@ -10,8 +10,8 @@ import torch
 from toy import make_dataset, samples, write_config
 
 from egnscale.data.batch import Collate
-from egnscale.data.neighbors import GraphSpec
 from egnscale.launch.cli import main
+from egnscale.launch.loading import graph_spec
 from egnscale.models import build_model
 from egnscale.models.scale_factors import fit_scale_factors
 
@@ -19,16 +19,26 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-SIZES = {
+GEMNET = {
     "num_blocks": 2, "emb_size_atom": 32, "emb_size_edge": 48, "emb_size_trip": 20, "emb_size_bil_trip": 24,
     "num_radial": 24,
 }  # fmt: skip
+DIMENET = {"num_blocks": 2, "hidden_channels": 48, "out_emb_channels": 32, "int_emb_size": 20}
+MODELS = {
+    "block": GEMNET | {"triplet_form": "block"},
+    "harmonic": GEMNET | {"triplet_form": "harmonic"},
+    "conservative": GEMNET | {"forces": "conservative"},
+    "dimenet": DIMENET,
+}
 
 
-def gradients(device: str, dtype: torch.dtype, form: str) -> dict[str, torch.Tensor]:
+def gradients(device: str, dtype: torch.dtype, name: str) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    model = build_model(**SIZES, triplet_form=form)
-    graph, _ = Collate(GraphSpec(), dtype=torch.float64)(samples(4))
+    model = build_model(**MODELS[name])
+    if name == "dimenet":
+        for output in (model.embedding.output, *(block.output for block in model.blocks)):
+            torch.nn.init.normal_(output.lin.weight, std=0.2)  # they start at zero
+    graph, _ = Collate(graph_spec(model.config), dtype=torch.float64)(samples(4))
     fit_scale_factors(model.double(), [graph])
     geometry = torch.float32 if dtype == torch.bfloat16 else dtype
     model = model.to(device=device, dtype=dtype)
@@ -41,14 +51,14 @@ def gradients(device: str, dtype: torch.dtype, form: str) -> dict[str, torch.Ten
     }
 
 
-@pytest.mark.parametrize("form", ["block", "harmonic"])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_cuda_agrees_with_cpu(form: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_cuda_agrees_with_cpu(name: str, dtype: torch.dtype, tolerance: float) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    wanted, found = gradients("cpu", torch.float64, form), gradients("cuda", dtype, form)
+    wanted, found = gradients("cpu", torch.float64, name), gradients("cuda", dtype, name)
     assert wanted.keys() == found.keys()
-    for name, value in wanted.items():
-        assert (found[name] - value).norm() <= tolerance * value.norm() + 1e-12, name
+    for key, value in wanted.items():
+        assert (found[key] - value).norm() <= tolerance * value.norm() + 1e-12, key
 
 
 @pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
