@@ -6,7 +6,7 @@ Normalised targets, OC20's losses, physical predictions.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from egnscale.data.batch import AtomBatch
 from egnscale.launch.metrics import s2ef_loss
 from egnscale.models import ExtendedGraph, Prediction
+from egnscale.models.dual import dual_energies
+
+#: How conservative forces are trained on: the gradient of a gradient, or one of a directional derivative.
+SecondOrder = Literal["double_backward", "reverse_over_forward"]
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,14 @@ class S2EF(nn.Module):
         energy_coefficient: float = 1.0,
         force_coefficient: float = 100.0,
         free_atoms_only: bool = True,
+        second_order: SecondOrder = "double_backward",
     ) -> None:
         super().__init__()
         self.model = model
         self.normalizer = normalizer
         self.energy_coefficient, self.force_coefficient = energy_coefficient, force_coefficient
         self.free_atoms_only = free_atoms_only
+        self.second_order = second_order
 
     def trained_atoms(self, batch: AtomBatch) -> Tensor:
         """(V,) bool, the atoms whose forces count, of those that this rank holds."""
@@ -81,12 +87,36 @@ class S2EF(nn.Module):
 
     def forward(self, graph: ExtendedGraph, batch: AtomBatch, counts: Tensor) -> tuple[Tensor, Prediction]:
         """The loss of a labelled batch, and the (detached, normalised) prediction."""
+        if self.second_order == "reverse_over_forward" and torch.is_grad_enabled():
+            return self._reverse_over_forward(graph, batch, counts)
         prediction = self.model(graph)
+        loss = self._loss(prediction, graph, batch, counts)
+        assert prediction.forces is not None
+        return loss, Prediction(prediction.energy.detach(), prediction.forces.detach())
+
+    def _reverse_over_forward(
+        self, graph: ExtendedGraph, batch: AtomBatch, counts: Tensor
+    ) -> tuple[Tensor, Prediction]:
+        """The loss, and its exact gradient by a forward pass on dual numbers (`egnscale.models.dual`)."""
+        with torch.no_grad():
+            prediction = self.model(graph)
+        assert prediction.forces is not None
+        energy, forces = prediction.energy.requires_grad_(), prediction.forces.requires_grad_()
+        loss = self._loss(Prediction(energy, forces), graph, batch, counts)
+        of_energy, of_forces = torch.autograd.grad(loss, (energy, forces))
+        # The losses of all who share a graph depend on a force, and `total` hands each what it means to all of them.
+        sharing = graph.partition.reduce(of_forces.new_ones(1))
+        energies, slopes = dual_energies(self.model, graph, -of_forces / sharing)
+        objective = (of_energy * energies).sum() + slopes.sum()
+        # The value of the loss, with the gradient of the objective.
+        return loss.detach() + (objective - objective.detach()), Prediction(energy.detach(), forces.detach())
+
+    def _loss(self, prediction: Prediction, graph: ExtendedGraph, batch: AtomBatch, counts: Tensor) -> Tensor:
         assert prediction.forces is not None
         assert batch.energy is not None
         assert batch.forces is not None
         scale = self.normalizer
-        loss = s2ef_loss(
+        return s2ef_loss(
             prediction.energy.float() if prediction.energy.dtype == torch.bfloat16 else prediction.energy,
             prediction.forces,
             ((batch.energy - scale.energy_mean) / scale.energy_std).to(prediction.energy.dtype),
@@ -98,7 +128,6 @@ class S2EF(nn.Module):
             force_count=counts[1],
             total=graph.partition.total,
         )
-        return loss, Prediction(prediction.energy.detach(), prediction.forces.detach())
 
 
 class IS2RE(nn.Module):

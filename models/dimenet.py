@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from egnscale.models.basis import BesselBasis, SineBasis
+from egnscale.models.dual import Run, call, inside
 from egnscale.models.forces import Forces, Prediction, conservative
 from egnscale.models.graph import ExtendedGraph, Pending
 from egnscale.models.layers import BiasedResidual, Linear, silu
@@ -211,6 +212,10 @@ class Readout(nn.Module):
     def forward(self, state: State, graph: ExtendedGraph) -> Prediction:
         return Prediction(graph.partition.total(state.energy).squeeze(-1), None)  # NodeAggr, GlobalUpdate
 
+    def atom_energies(self, state: State, graph: ExtendedGraph) -> Tensor:
+        """(V, 1) what each atom adds to the energy of its system."""
+        return state.energy
+
 
 class DimeNetPlusPlus(nn.Module):
     """DimeNet++: `model(graph) -> Prediction`, for graphs that list their leaving edges."""
@@ -221,6 +226,7 @@ class DimeNetPlusPlus(nn.Module):
         self.embedding = Embedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.readout = Readout()
+        self.run: Run = call  #: how layers are called
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -234,11 +240,11 @@ class DimeNetPlusPlus(nn.Module):
 
     def state(self, graph: ExtendedGraph) -> State:
         """What the readout sees."""
-        state = self.embedding(graph)
+        state = self.run(self.embedding, inside(self.embedding), graph)
         for block in self.blocks:
-            state = block(state, graph)
+            state = self.run(block, inside(block), state, graph)
         return state
 
     def atom_energies(self, graph: ExtendedGraph) -> Tensor:
         """(V, 1) what each atom adds to the energy of its system, normalised."""
-        return self.state(graph).energy
+        return self.readout.atom_energies(self.state(graph), graph)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from egnscale.models.basis import RADIAL_BASES
+from egnscale.models.dual import Run, call, inside
 from egnscale.models.forces import Forces, Prediction, conservative
 from egnscale.models.graph import ExtendedGraph, Pending
 from egnscale.models.layers import INV_SQRT_2, Dense, ScaleFactor, he_orthogonal_, residuals, scaled_silu
@@ -342,6 +343,7 @@ class GemNetT(nn.Module):
         self.embedding = Embedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.readout = Readout(config)
+        self.run: Run = call  #: how layers are called
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -355,9 +357,9 @@ class GemNetT(nn.Module):
 
     def state(self, graph: ExtendedGraph) -> State:
         """What the readout sees."""
-        state = self.embedding(graph)
+        state = self.run(self.embedding, inside(self.embedding), graph)
         for block in self.blocks:
-            state = block(state, graph)
+            state = self.run(block, inside(block), state, graph)
         return state
 
     def atom_energies(self, graph: ExtendedGraph) -> Tensor:

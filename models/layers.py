@@ -76,6 +76,53 @@ def silu(x: Tensor) -> Tensor:
     return _SiLU.apply(x)
 
 
+class _Linear(torch.autograd.Function):
+    """x W^T + b. Keeps W itself, not a view of it, and knows that weights have no tangent.
+
+    A view would keep a parameter in memory that ZeRO-3 has given back. A missing tangent, taken for zero, would cost a
+    product with zeros in the forward-mode pass.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, weight, _ = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if grad is None:
+            return None, None, None
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            _Linear.apply(grad, weight.t(), None) if of_x else None,
+            grad.t() @ x if of_weight else None,
+            grad.sum(0) if of_bias else None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor | None, weight_tangent: Tensor | None, bias_tangent: Tensor | None) -> Any:
+        x, weight = ctx.saved_tensors
+        found = None if x_tangent is None else _Linear.apply(x_tangent, weight, None)
+        if weight_tangent is not None:
+            product = _Linear.apply(x, weight_tangent, bias_tangent)
+            found = product if found is None else found + product
+        elif bias_tangent is not None:
+            found = bias_tangent.expand(len(x), -1) if found is None else found + bias_tangent
+        return found
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b. (N, in), (out, in), (out,) -> (N, out)."""
+    return _Linear.apply(x, weight, bias)
+
+
 def scaled_silu(x: Tensor) -> Tensor:
     """SiLU(x) / 0.6, which keeps the variance of a unit normal input near one."""
     return silu(x) * (1 / 0.6)
@@ -109,7 +156,7 @@ class Dense(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.to(self.weight.dtype) @ self.weight.t()
+        y = linear(x.to(self.weight.dtype), self.weight)
         return scaled_silu(y) if self.activation else y
 
     def extra_repr(self) -> str:
@@ -202,8 +249,7 @@ class Linear(nn.Module):
                 nn.init.uniform_(self.bias, -limit, limit)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.weight.dtype)
-        y = x @ self.weight.t() if self.bias is None else torch.addmm(self.bias, x, self.weight.t())
+        y = linear(x.to(self.weight.dtype), self.weight, self.bias)
         return silu(y) if self.activation else y
 
     def extra_repr(self) -> str:

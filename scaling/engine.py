@@ -263,7 +263,7 @@ class Engine:
         return flat.view(self.world.size, -1)[self.world.rank].clone()
 
     def _parameter(self, name: str) -> nn.Parameter:
-        return self.module.get_parameter(name)
+        return dict(self.module.named_parameters())[name]
 
     # The training state: fp32 masters and the optimizer's state.
 

@@ -18,6 +18,7 @@ from egnscale.launch.loading import PartCollate, graph_spec
 from egnscale.launch.tasks import S2EF, Normalizer
 from egnscale.models import build_model
 from egnscale.scaling.ds_config import complete_ds_config, read_ds_config
+from egnscale.scaling.flat import flatten_layers
 
 GEMNET = {
     "num_blocks": 2, "emb_size_atom": 8, "emb_size_edge": 12, "emb_size_trip": 6, "emb_size_bil_trip": 5,
@@ -40,11 +41,13 @@ class Case(NamedTuple):
     optimizer: str
     clip: float | None
     model: str = "gemnet"
+    second_order: str = "double_backward"
 
     @property
     def name(self) -> str:
         clip = "clipped" if self.clip else "not clipped"
-        return f"{self.model}, graph {self.graph} x data {self.data}, ZeRO-{self.zero}, {self.optimizer}, {clip}"
+        layout = f"graph {self.graph} x data {self.data}, ZeRO-{self.zero}, {self.optimizer}, {clip}"
+        return f"{self.model}, {self.second_order}, {layout}"
 
 
 #: The gradient's norm is between 2 and 40 in these runs: 0.5 always clips.
@@ -78,18 +81,36 @@ QUICK_CONSERVATIVE = [
 ]
 
 
+#: Reverse over forward has every stage.
+DUAL = [
+    Case(graph, data, zero, optimizer, clip, model, "reverse_over_forward")
+    for model in ("gemnet, conservative", "dimenet")
+    for graph, data in ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2))
+    for zero in range(4)
+    for optimizer, clip in (("sgd", None), ("sgd", 0.5), ("adamw", None))
+]
+QUICK_DUAL = [
+    Case(1, 2, 3, "sgd", None, "dimenet", "reverse_over_forward"),
+    Case(2, 1, 3, "sgd", 0.5, "dimenet", "reverse_over_forward"),
+    Case(2, 1, 3, "sgd", None, "gemnet, conservative", "reverse_over_forward"),
+    Case(2, 1, 1, "sgd", None, "dimenet", "reverse_over_forward"),
+    Case(1, 2, 2, "sgd", None, "gemnet, conservative", "reverse_over_forward"),
+    Case(3, 1, 0, "sgd", None, "dimenet", "reverse_over_forward"),
+]
+
+
 @cache
 def structures_of(step: int) -> list[Sample]:
     return samples(4, seed=step)
 
 
-def objective(model: str) -> S2EF:
+def objective(model: str, second_order: str = "double_backward") -> S2EF:
     torch.manual_seed(3)
     network = build_model(**MODELS[model])
     for name, parameter in network.named_parameters():
         if name.endswith("output.lin.weight"):  # starts at zero, and would leave nothing to compare in the first steps
             torch.nn.init.normal_(parameter, std=0.1)
-    return S2EF(network, NORMALIZER, force_coefficient=10.0)
+    return S2EF(network, NORMALIZER, force_coefficient=10.0, second_order=second_order)
 
 
 def collate_of(model: torch.nn.Module) -> Collate:
@@ -109,7 +130,9 @@ def run(world: Any, case: Case, wrong: bool = False) -> list[float]:
 
     mesh = Mesh.of_world(world.device, graph=case.graph)
     assert mesh.layout.data == case.data
-    module = objective(case.model)
+    module = objective(case.model, case.second_order)
+    if case.zero == 3 and case.second_order == "reverse_over_forward":
+        flatten_layers(module.model)
     collate = PartCollate(collate_of(module.model), case.graph, mesh.graph_rank)
     config = complete_ds_config(
         read_ds_config(f"zero{case.zero}"),
@@ -206,6 +229,16 @@ def test_twenty_conservative_steps_are_those_of_one_process() -> None:
 @pytest.mark.timeout(3600)
 def test_twenty_steps_of_every_layout() -> None:
     check_with_controls(FULL)
+
+
+def test_twenty_steps_of_reverse_over_forward_are_those_of_double_backward() -> None:
+    check(QUICK_DUAL)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_twenty_steps_of_reverse_over_forward_in_every_layout() -> None:
+    check(DUAL)
 
 
 @pytest.mark.full

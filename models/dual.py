@@ -1,0 +1,100 @@
+"""The directional derivative of a model's energy along displacements of its atoms, layer by layer.
+
+Training on conservative forces needs the gradient of a gradient. With F = -dE/dx, a loss L(E, F), and its derivatives
+g = dL/dE and v = dL/dF at the current prediction,
+
+    dL/dtheta = d/dtheta [ g . E(x) + Edot ],        Edot = the derivative of E along xdot = -v,
+
+g and v held fixed. So the parameter gradient follows from one forward pass on dual numbers (x, xdot) and one ordinary
+backward: reverse over forward. Unlike double backward, it has no second-order graph, so activations may be recomputed,
+and every layer runs forward and backward once, as DeepSpeed's ZeRO-3 expects.
+
+A layer takes and gives plain tensors, each with its tangent or without; the dual level lives inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from egnscale.models.graph import ExtendedGraph
+
+#: Calls `function(*args)`, which uses a layer's parameters: (layer, function, *args). Others may recompute it in backward,
+#: or bring the parameters from where they are.
+Run = Callable[..., Any]
+
+
+def call(layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def inside(layer: nn.Module) -> nn.Module:
+    """What a layer computes, where it is another module that holds its parameters (`egnscale.scaling.flat`)."""
+    return getattr(layer, "body", layer)
+
+
+def with_tangents(
+    function: Callable[[Any], Any], value: Any, tangent: Any, run: Callable[..., Any] = lambda plain, *args: plain(*args)
+) -> tuple[Any, Any]:
+    """`function(value)` and its derivative along `tangent`, both differentiable in reverse.
+
+    Args:
+        function: of one argument, a tensor or nested tuples of tensors.
+        value, tangent: its argument, and a direction of the same structure; None where a tensor has none.
+        run: calls the function of plain tensors that this comes down to.
+    """
+    primals, structure = tree_flatten(value)
+    tangents, _ = tree_flatten(tangent)
+    assert len(primals) == len(tangents), "a tangent for each tensor, or None"
+    made: list[Any] = []
+
+    def plain(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        with forward_ad.dual_level():
+            pairs = zip(tensors[: len(primals)], tensors[len(primals) :], strict=True)
+            args = [x if t is None else forward_ad.make_dual(x, t) for x, t in pairs]
+            outputs, made[:] = _flat(function(tree_unflatten(args, structure)))
+            unpacked = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None) for x in outputs]
+        return (*(x for x, _ in unpacked), *(t for _, t in unpacked))
+
+    outputs = run(plain, *primals, *tangents)
+    (of_result,) = made
+    half = len(outputs) // 2
+    return tree_unflatten(outputs[:half], of_result), tree_unflatten(outputs[half:], of_result)
+
+
+def _flat(tree: Any) -> tuple[list[Any], list[Any]]:
+    leaves, structure = tree_flatten(tree)
+    return leaves, [structure]
+
+
+def dual_energies(model: Any, graph: ExtendedGraph, displacement: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) energies and (B,) their derivatives along `displacement` (V, 3), both differentiable in the parameters.
+
+    Args:
+        model: a list of layers, `GemNetT` or `DimeNetPlusPlus`.
+    """
+    first, *others, readout = model.layers
+
+    def embed(positions: Tensor) -> Any:
+        return inside(first)(replace(graph, positions=positions))
+
+    value, tangent = with_tangents(embed, graph.positions.detach(), displacement, partial(model.run, first))
+    for layer in others:
+        update = partial(_update, inside(layer), graph)
+        value, tangent = with_tangents(update, value, tangent, partial(model.run, layer))
+
+    def energies(state: Any) -> Tensor:
+        return graph.partition.total(readout.atom_energies(state, graph)).squeeze(-1)
+
+    return with_tangents(energies, value, tangent)
+
+
+def _update(layer: nn.Module, graph: ExtendedGraph, state: Any) -> Any:
+    return layer(state, graph)
