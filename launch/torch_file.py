@@ -1,7 +1,7 @@
 """Read files of `torch.save` as data: nothing in them can run, and nothing is allocated that the file does not hold.
 
-Both formats are read: the zip archive (torch 1.6 and later) and the sequence of pickles before it. Their pickles are
-stepped through by `plain_pickle.py`; what they say of storages is compared with the file. Zip entries must be stored
+Both formats are read: the zip archive (torch 1.6 and later) and the sequence of pickles before it. What their pickles
+may say is in `torch_pickle.py`; what they say of storages is compared with the file. Zip entries must be stored
 plainly, lie within the file, not overlap, and have the checksum that the archive says. Tensors are views of the file
 mapped into memory, copied on write, so that what is not used is hardly read.
 """
@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from egnscale.launch.plain_pickle import Bytes, Interpreter, PickleError, Storage, shown
+from egnscale.data.pickle_machine import PickleError, shown
+from egnscale.launch.torch_pickle import Storage, plain_reader, reader
 
 #: First pickles of a file in the older format.
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -78,7 +79,7 @@ def _read_archive(path: Path, memory: mmap.mmap) -> Any:
     storages: dict[str, Storage] = {}
     total = 0
 
-    def load(dtype: torch.dtype, key: str, numel: int, view: Any) -> Storage:
+    def load(dtype: torch.dtype, key: str, numel: int) -> Storage:
         nonlocal total
         if key not in storages:
             entry = entries.get(f"{root}data/{key}")
@@ -102,7 +103,7 @@ def _read_archive(path: Path, memory: mmap.mmap) -> Any:
     content = _content(memory, entries[f"{root}data.pkl"])
     data = bytes(content)
     content.release()
-    return Interpreter(load).run(Bytes(data))
+    return reader(data, load).run()
 
 
 def _start(memory: mmap.mmap, entry: zipfile.ZipInfo) -> int:
@@ -134,40 +135,36 @@ def _content(memory: mmap.mmap, entry: zipfile.ZipInfo) -> memoryview:
 def _read_legacy(memory: mmap.mmap) -> Any:
     """Pickles one after the other: magic, protocol, machine, the object, keys of storages; then the storages."""
 
-    def no_storage(*_: Any) -> Storage:
-        raise PickleError("a storage where none can be")
-
-    stream: Any = memory  # it reads as a file does, and no further than the file goes
-    plain = Interpreter(no_storage)
     if memory[257:262] == b"ustar":
         raise PickleError("a tar archive; unpack it if it holds a checkpoint (torch.save's tar format is not read)")
     if memory[:1] != b"\x80":
         raise PickleError("not a file of torch.save")
-    if plain.run(stream) != _LEGACY_MAGIC:
+    plain = plain_reader(memory)
+    if plain.run() != _LEGACY_MAGIC:
         raise PickleError("a pickle, but not one of torch.save")
-    if plain.run(stream) != _LEGACY_PROTOCOL:
+    if plain.run() != _LEGACY_PROTOCOL:
         raise PickleError("an unknown version of torch.save's format")
-    machine = plain.run(stream)
+    machine = plain.run()
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise PickleError("written on a big-endian machine; save it again on a little-endian one")
-    at = stream.tell()
 
     said: dict[str, tuple[torch.dtype, int]] = {}
 
-    def declare(dtype: torch.dtype, key: str, numel: int, view: Any) -> Storage:
+    def declare(dtype: torch.dtype, key: str, numel: int) -> Storage:
         if said.setdefault(key, (dtype, numel)) != (dtype, numel):
             raise PickleError(f"storage {shown(key)} has two types")
-        if view is not None:
-            raise PickleError("a storage within a storage, as torch has not written since 0.4")
         return Storage(dtype, numel, None)
 
     # The storages lie behind the object that refers to them: it is stepped through twice.
-    Interpreter(declare).run(stream)
-    keys = plain.run(stream)
-    if not isinstance(keys, list) or len(keys) != len(said) or any(key not in said for key in keys):
+    first = reader(memory, declare, plain.at)
+    first.run()
+    rest = plain_reader(memory, first.at)
+    keys = rest.run()
+    # Not looked up before they are known to be text: hashing a deep tuple overflows the stack.
+    if type(keys) is not list or len(keys) != len(said) or any(type(key) is not str or key not in said for key in keys):
         raise PickleError("its list of storages is damaged")
     places: dict[str, Storage] = {}
-    end = stream.tell()
+    end = rest.at
     for key in keys:
         dtype, numel = said[key]
         if end + 8 + numel * dtype.itemsize > len(memory):
@@ -176,5 +173,4 @@ def _read_legacy(memory: mmap.mmap) -> Any:
             raise PickleError(f"storage {shown(key)} has another length than was said")
         places[key] = Storage(dtype, numel, memory, end + 8)
         end += 8 + numel * dtype.itemsize
-    stream.seek(at)
-    return Interpreter(lambda dtype, key, numel, view: places[key]).run(stream)
+    return reader(memory, lambda dtype, key, numel: places[key], plain.at).run()

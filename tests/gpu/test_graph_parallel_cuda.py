@@ -49,9 +49,10 @@ def on_rank(world: Any, name: str) -> dict[str, float]:
         dist.all_reduce(gradient)
     waited = sum(tally.seconds for tally in mesh.traffic().values())
     pairs = zip(found_gradients, wanted_gradients, strict=True)
+    forces = mesh.collect(found.forces.detach(), graph).cpu()
     return {
         "energy": float((found.energy.cpu() - wanted.energy).norm() / wanted.energy.norm()),
-        "forces": float((mesh.collect(found.forces.detach(), graph).cpu() - wanted.forces).norm() / wanted.forces.norm()),
+        "forces": float((forces - wanted.forces).norm() / wanted.forces.norm()),
         "gradients": max(float((a.cpu() / world.size - b).norm() / b.norm()) for a, b in pairs),
         "waited": waited,
     }
