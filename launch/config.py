@@ -404,6 +404,10 @@ class ParallelConfig(_Section):
     recompute: Literal["none"] = Field(default="none", description="what is recomputed in the backward pass")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="precision of matrix products")
     offload: Literal["none"] = Field(default="none", description="what is kept in host memory")
+    second_order: Literal["auto", "double_backward", "reverse_over_forward"] = Field(
+        default="auto",
+        description="how conservative forces are trained; auto is double_backward, under ZeRO-3 reverse_over_forward",
+    )
     deepspeed: str | None = Field(
         default=None, description="name of a preset in ds_configs or path of a DeepSpeed JSON"
     )

@@ -37,7 +37,7 @@ from egnscale.launch.run_files import (
     start_weights,
 )
 from egnscale.launch.schedules import build_schedule
-from egnscale.launch.tasks import IS2RE, S2EF, Normalizer
+from egnscale.launch.tasks import IS2RE, S2EF, Normalizer, SecondOrder
 from egnscale.models import AtomModelConfig, ExtendedGraph, Prediction, build_model, count_parameters, model_config
 from egnscale.models.scale_factors import fit_scale_factors, unfitted
 from egnscale.scaling.agreement import check_agreement, run_facts
@@ -46,6 +46,7 @@ from egnscale.scaling.collectives import added
 from egnscale.scaling.ds_config import complete_ds_config, read_ds_config
 from egnscale.scaling.ema import ExponentialMovingAverage
 from egnscale.scaling.engine import Engine, World, gather_over_ranks, once, sum_over_ranks
+from egnscale.scaling.flat import flatten_layers
 from egnscale.scaling.layout import Mesh
 
 #: Batches that scale factors are fitted on, over all replicas together.
@@ -127,6 +128,8 @@ class Trainer:
                 self.say(f"starts with the weights of {self.start.path}")
             self._fit_scale_factors()
         self.start = None  # its memory is not needed any more
+        if self.model_config.forces == "conservative" and config.parallel.zero == 3:
+            flatten_layers(model)
         ds = complete_ds_config(
             ds,
             zero=config.parallel.zero,
@@ -162,10 +165,16 @@ class Trainer:
 
     def _check_combination(self) -> None:
         forces, name = self.model_config.forces, self.config.task.name
-        if forces == "conservative" and self.config.parallel.zero == 3:
+        second_order = self.config.parallel.second_order
+        if forces != "conservative" and second_order != "auto":
             raise ValueError(
-                "ZeRO-3 cannot train conservative forces: DeepSpeed has given parameters back when the second "
-                "derivative needs them; set parallel.zero to 0, 1 or 2"
+                f"parallel.second_order is {second_order}, but model.forces is {forces}, which needs no second "
+                "derivative; leave it out"
+            )
+        if second_order == "double_backward" and self.config.parallel.zero == 3:
+            raise ValueError(
+                "double_backward does not work under ZeRO-3: DeepSpeed has given parameters back when the second "
+                "derivative needs them; set parallel.second_order to reverse_over_forward, or parallel.zero below 3"
             )
         if forces == "none" and name == "s2ef":
             raise ValueError("task s2ef trains forces, and model.forces is none; choose direct or conservative")
@@ -182,7 +191,14 @@ class Trainer:
             energy_coefficient=task.energy_coefficient,
             force_coefficient=task.force_coefficient,
             free_atoms_only=task.train_on_free_atoms,
+            second_order=self._second_order(),
         )
+
+    def _second_order(self) -> SecondOrder:
+        chosen = self.config.parallel.second_order
+        if chosen != "auto":
+            return chosen
+        return "reverse_over_forward" if self.config.parallel.zero == 3 else "double_backward"
 
     def _make_directory(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

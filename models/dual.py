@@ -19,15 +19,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from egnscale.models.graph import ExtendedGraph
 
-#: Calls `function(*args)`, which uses a layer's parameters: (layer, function, *args). Others may recompute it in backward,
-#: or bring the parameters from where they are.
+#: Calls `function(*args)`, which uses a layer's parameters: (layer, function, *args). Others may recompute it in
+#: backward, or bring the parameters from where they are.
 Run = Callable[..., Any]
 
 
@@ -40,8 +39,12 @@ def inside(layer: nn.Module) -> nn.Module:
     return getattr(layer, "body", layer)
 
 
+def _directly(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
 def with_tangents(
-    function: Callable[[Any], Any], value: Any, tangent: Any, run: Callable[..., Any] = lambda plain, *args: plain(*args)
+    function: Callable[[Any], Any], value: Any, tangent: Any, run: Callable[..., Any] = _directly
 ) -> tuple[Any, Any]:
     """`function(value)` and its derivative along `tangent`, both differentiable in reverse.
 

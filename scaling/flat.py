@@ -1,8 +1,8 @@
 """Layers whose parameters DeepSpeed sees on one module each, under their ordinary names.
 
-ZeRO-3 hooks every module that it finds, and what its hooks put around tensors knows no tangents. So where a layer runs on
-dual numbers inside (`egnscale.models.dual`), its modules are hidden, and one module holds all its parameters: they are
-gathered before the layer and released behind it. Gradients are then collected by a hook of each parameter, which
+ZeRO-3 hooks every module that it finds, and what its hooks put around tensors knows no tangents. So where a layer runs
+on dual numbers inside (`egnscale.models.dual`), its modules are hidden, and one module holds all its parameters: they
+are gathered before the layer and released behind it. Gradients are then collected by a hook of each parameter, which
 the differentiation of energies to positions does not set off.
 """
 

@@ -159,7 +159,16 @@ CASES: dict[str, tuple[Callable[[Path], None], Callable[[Path], list[str]], str]
     "NaN learning rate": (nothing, train("optim.lr_initial=.nan"), "lr_initial"),
     "two lengths": (nothing, train("optim.max_epochs=2"), "max_epochs"),
     "graph parallelism": (nothing, train("parallel.graph=2"), "parallel.graph"),
-    "conservative, ZeRO-3": (nothing, train("model.forces=conservative", "parallel.zero=3"), "set parallel.zero to"),
+    "double backward, ZeRO-3": (
+        nothing,
+        train("model.forces=conservative", "parallel={zero: 3, second_order: double_backward}"),
+        "set parallel.second_order to",
+    ),
+    "second order of direct forces": (
+        nothing,
+        train("parallel.second_order=reverse_over_forward"),
+        "needs no second derivative",
+    ),
     "conservative, two deviations": (
         nothing,
         train("model.forces=conservative", "task.normalizer={energy_mean: 0, energy_std: 1, force_std: 2}"),

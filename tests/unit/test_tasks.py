@@ -83,6 +83,23 @@ def test_a_conservative_run_goes_on_where_it_stopped(
     assert losses(tmp_path / "parts") == losses(tmp_path / "again")
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_zero_3_trains_conservative_forces(
+    name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """By reverse over forward; the run is that of double backward under ZeRO-0, and goes on under another stage."""
+    double = train(data, tmp_path / "double", capsys, *KINDS[name])
+    dual = train(data, tmp_path / "dual", capsys, *KINDS[name], "parallel.zero=3")
+    assert losses(tmp_path / "dual") == pytest.approx(losses(tmp_path / "double"), rel=1e-4)
+    for split, metrics in double["evaluations"].items():
+        assert dual["evaluations"][split]["forces_mae"] == pytest.approx(metrics["forces_mae"], rel=1e-4)
+    longer = ["optim.scheduler=cosine", "optim.max_steps=10", "parallel.zero=1"]
+    resumed = train(data, tmp_path / "dual", capsys, *KINDS[name], *longer, "--resume")
+    assert resumed["step"] == 10
+    weights = read_weights(find_checkpoint(tmp_path / "dual") / "model.safetensors")
+    assert weights.keys() == load_trained(tmp_path / "double").model.state_dict().keys()
+
+
 def test_relaxed_energies_are_learnt_directly(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     task = ["task.name=is2re", f"data.train={data}/is2re/train", f"data.val={data}/is2re", "optim.max_steps=60"]
     report = train(data, tmp_path / "run", capsys, *task, "optim.lr_initial=0.005", "task.eval_every=20")

@@ -1,0 +1,159 @@
+"""Reverse over forward gives the gradient of double backward, layer by layer and for whole models, in fp64.
+
+Some torch operations lose the second-order term without an error when differentiated this way: the comparison of each
+layer is what notices one that enters a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import structures
+import torch
+from small_models import BATCHES, conservative, graph_for
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from egnscale.models import AtomModel, ExtendedGraph
+from egnscale.models.dual import dual_energies, with_tangents
+from egnscale.models.layers import linear
+from egnscale.scaling.flat import flatten_layers
+
+MODELS = {
+    "gemnet_t, block": {"name": "gemnet_t", "triplet_form": "block"},
+    "gemnet_t, harmonic": {"name": "gemnet_t", "triplet_form": "harmonic"},
+    "gemnet_t, Bessel": {"name": "gemnet_t", "rbf": "spherical_bessel"},
+    "gemnet_t, mean energy": {"name": "gemnet_t", "extensive": False},
+    "dimenetplusplus": {"name": "dimenetplusplus"},
+    "dimenetplusplus, detached angles": {"name": "dimenetplusplus", "angles": "detached"},
+}
+
+
+def loss(energy: Tensor, forces: Tensor) -> Tensor:
+    return (energy.square() + energy).sum() + (forces - 0.1).square().sum()
+
+
+def double_backward(model: AtomModel, graph: ExtendedGraph) -> list[Tensor]:
+    return list(torch.autograd.grad(loss(*model(graph)), list(model.parameters())))
+
+
+def reverse_over_forward(model: AtomModel, graph: ExtendedGraph) -> list[Tensor]:
+    with torch.no_grad():
+        prediction = model(graph)
+    energy, forces = prediction.energy.requires_grad_(), prediction.forces.requires_grad_()
+    of_energy, of_forces = torch.autograd.grad(loss(energy, forces), (energy, forces))
+    energies, slopes = dual_energies(model, graph, -of_forces)
+    objective = (of_energy * energies).sum() + slopes.sum()
+    return list(torch.autograd.grad(objective, list(model.parameters())))
+
+
+def largest_error(found: list[Tensor], wanted: list[Tensor]) -> float:
+    scale = max(float(x.norm()) for x in wanted)
+    return max(float((a - b).norm()) / max(float(b.norm()), 1e-6 * scale) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_those_of_double_backward(name: str, batch: str) -> None:
+    model = conservative(**MODELS[name])
+    graph = graph_for(model, *BATCHES[batch]())
+    assert largest_error(reverse_over_forward(model, graph), double_backward(model, graph)) < 1e-10
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flat_layers_change_neither_names_nor_gradients(name: str) -> None:
+    model = conservative(**MODELS[name])
+    graph = graph_for(model, structures.slab())
+    wanted, names = double_backward(model, graph), [name for name, _ in model.named_parameters()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    flatten_layers(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert model.state_dict().keys() == state.keys()
+    assert largest_error(reverse_over_forward(model, graph), wanted) < 1e-10
+    assert largest_error(double_backward(model, graph), wanted) < 1e-10
+    # What DeepSpeed and loading do to a module reaches the layers inside.
+    model.load_state_dict({name: torch.zeros_like(value) for name, value in state.items()})
+    assert not model(graph).energy.detach().any()
+    model.bfloat16()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(graph.to("cpu", torch.float32)).energy.dtype == torch.float32
+
+
+def states(model: AtomModel, graph: ExtendedGraph) -> list[Any]:
+    """What each layer but the last is given."""
+    found: list[Any] = [graph.positions]
+    for layer in model.layers[:-2]:
+        found.append(layer(graph) if len(found) == 1 else layer(found[-1], graph))
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_by_itself(name: str) -> None:
+    """The gradient of the slope of a random sum of a layer's outputs, along a random direction of its inputs."""
+    model = conservative(**MODELS[name])
+    graph = graph_for(model, structures.slab(), structures.water(periodic=False))
+    generator = torch.Generator().manual_seed(0)
+
+    def random_like(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+    for number, state in enumerate(states(model, graph)):
+        layer = model.layers[number]
+
+        def function(value: Any, layer: nn.Module = layer, number: int = number) -> Any:
+            return layer(replace(graph, positions=value)) if number == 0 else layer(value, graph)
+
+        leaves, structure = tree_flatten(state)
+        leaves = [None if x is None else x.detach().requires_grad_() for x in leaves]
+        directions = [None if x is None else random_like(x) for x in leaves]
+        value, direction = tree_unflatten(leaves, structure), tree_unflatten(directions, structure)
+        tangents, _ = tree_flatten(with_tangents(function, value, direction)[1])
+        outputs, _ = tree_flatten(function(value))
+        weights = [None if t is None else random_like(t) for t in tangents]
+        parameters = list(layer.parameters())
+
+        def gradient(scalar: Tensor, parameters: list[nn.Parameter] = parameters) -> list[Tensor]:
+            return list(torch.autograd.grad(scalar, parameters, allow_unused=True, materialize_grads=True))
+
+        moving = [(w, t, x) for w, t, x in zip(weights, tangents, outputs, strict=True) if t is not None]
+        found = gradient(sum((w * t).sum() for w, t, _ in moving))
+        given = [(x, d) for x, d in zip(leaves, directions, strict=True) if x is not None]
+        inner = torch.autograd.grad(
+            sum((w * x).sum() for w, _, x in moving),
+            [x for x, _ in given],
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        wanted = gradient(sum((g * d).sum() for g, (_, d) in zip(inner, given, strict=True)))
+        assert largest_error(found, wanted) < 1e-10, f"layer {number}"
+
+
+def test_the_comparison_notices_an_operation_that_loses_the_second_order() -> None:
+    """layer_norm is one: its tangent is right and the gradient of the tangent is not."""
+
+    def layer(x: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(x @ weight.t(), (6,)).sin().sum()
+
+    torch.manual_seed(0)
+    weight = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    x, direction = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    _, slope = with_tangents(layer, x, direction)
+    found = torch.autograd.grad(slope, weight)
+    x.requires_grad_()
+    (inner,) = torch.autograd.grad(layer(x), x, create_graph=True)
+    assert torch.allclose((inner * direction).sum(), slope)
+    wanted = torch.autograd.grad((inner * direction).sum(), weight)
+    assert largest_error(list(found), list(wanted)) > 1e-4
+
+
+def test_linear_has_derivatives_of_every_kind() -> None:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    arguments = (random(5, 3), random(4, 3), random(4))
+    assert torch.autograd.gradcheck(linear, arguments, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(linear, arguments, check_fwd_over_rev=True)
+    assert torch.autograd.gradcheck(linear, arguments[:2], check_forward_ad=True)
