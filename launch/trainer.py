@@ -28,6 +28,7 @@ from egnscale.launch.reporting import RunLog, TrainingProgress, plot_training
 from egnscale.launch.run_files import (
     RUN,
     WEIGHTS,
+    TrainedModel,
     load_trained,
     read_run,
     read_weights,
@@ -103,14 +104,18 @@ class Trainer:
         self.best: dict[str, float] = {}
         self.evaluations: dict[str, dict[str, float]] = {}
 
-        self.start = load_trained(config.task.init_from) if config.task.init_from is not None else None
-        self.model_config = self._model_config()
+        resumed = self._find_resumed(resume)
+        start = None  # what a new run starts from
+        if config.task.init_from is not None and resumed is None:
+            start = load_trained(config.task.init_from)
+        self.model_config = self._model_config(start, resumed)
         self._check_combination()
         elements, task = self.model_config.num_elements, config.task.name
         self.train_store = open_labelled(config.data.train, elements, task)
         self.val_stores = {name: open_labelled(path, elements, task) for name, path in self._val_splits().items()}
-        resumed = self._find_resumed(resume)
-        self.normalizer = self._normalizer(resumed)
+        if resumed is not None:
+            self._check_resumed(*resumed)
+        self.normalizer = self._normalizer(start, resumed)
         self.sampler = self._sampler(self.train_store, config.optim.batch_size, shuffle=True)
         self.total_steps = self._total_steps()
         schedule = config.optim.scheduler.model_dump()
@@ -122,12 +127,13 @@ class Trainer:
         model = build_model(self.model_config)
         self.mesh.name_layers(model.layers)
         self.objective = self._objective(model)
-        if resumed is None:
-            if self.start is not None:
-                start_weights(model, self.start)
-                self.say(f"starts with the weights of {self.start.path}")
+        if start is not None:
+            # Scale factors too, the unfitted ones among them: they are part of what the weights were trained for.
+            start_weights(model, start)
+            self.say(f"starts with the weights of {start.path}")
+            start = None  # its memory is not needed any more
+        elif resumed is None:
             self._fit_scale_factors()
-        self.start = None  # its memory is not needed any more
         if self.model_config.forces == "conservative" and config.parallel.zero == 3:
             flatten_layers(model)
         ds = complete_ds_config(
@@ -148,17 +154,24 @@ class Trainer:
 
     # Setting up
 
-    def _model_config(self) -> AtomModelConfig:
-        """What the configuration says; where a run starts from a checkpoint, the rest from that checkpoint's model."""
+    def _model_config(self, start: TrainedModel | None, resumed: tuple[Path, dict[str, Any]] | None) -> AtomModelConfig:
+        """What the configuration says; where a run starts from a checkpoint, the rest from that checkpoint's model.
+
+        Once it runs, its own checkpoints say it: the one that it started from may be gone.
+        """
         given = self.config.model
         values = given.hyperparameters()
         if self.config.task.name == "is2re":
             values = {"forces": "none"} | values
-        if self.start is None:
+        if self.config.task.init_from is None:
             return model_config(given.preset, name=given.name, **values)
         if given.preset is not None:
             raise ValueError("task.init_from brings the sizes of its model; leave model.preset out")
-        before = self.start.model.config
+        if start is not None:
+            before = start.model.config
+        else:
+            assert resumed is not None
+            before = recorded_model(resumed[1], resumed[0])
         if given.name not in (None, before.name):
             raise ValueError(f"task.init_from is a {before.name}, model.name says {given.name}; leave model.name out")
         return model_config(name=before.name, **{**asdict(before), **values})
@@ -214,7 +227,10 @@ class Trainer:
             return None
         checkpoint = find_checkpoint(self.checkpoints)
         once(lambda: verify_checkpoint(checkpoint))
-        run = read_run(checkpoint)
+        return checkpoint, read_run(checkpoint)
+
+    def _check_resumed(self, checkpoint: Path, run: dict[str, Any]) -> None:
+        """Whether the configuration is that of the run to continue, where it matters."""
         was = recorded_model(run, checkpoint)
         for name in ("name", *asdict(self.model_config)):
             before, value = getattr(was, name, None), getattr(self.model_config, name)
@@ -241,7 +257,6 @@ class Trainer:
                     f"cannot resume {checkpoint}: {name} was {then.get(name)}, this run has {value}; "
                     "start it the same way"
                 )
-        return checkpoint, run
 
     def _val_splits(self) -> dict[str, Path]:
         """The stores to validate on; a directory of `val_*` stores stands for all of them."""
@@ -268,21 +283,24 @@ class Trainer:
             "amsgrad": optim.amsgrad,
         }
 
-    def _normalizer(self, resumed: tuple[Path, dict[str, Any]] | None) -> Normalizer:
+    def _normalizer(self, start: TrainedModel | None, resumed: tuple[Path, dict[str, Any]] | None) -> Normalizer:
         if resumed is not None:
             return Normalizer(**resumed[1]["normalizer"])
         given = self.config.task.normalizer
-        if given == "auto" and self.start is not None:
-            return self.start.normalizer  # its last layers learnt to give energies in these units
-        if given == "auto":
+        if given != "auto":
+            chosen = Normalizer(given.energy_mean, given.energy_std, given.force_std)
+        elif start is not None:
+            chosen = start.normalizer  # its last layers learnt to give energies in these units
+        else:
             label = "energy_relaxed" if self.config.task.name == "is2re" else "energy"
-            return Normalizer.from_statistics(self.train_store.metadata["statistics"], label)
-        if self.model_config.forces == "conservative" and given.force_std != given.energy_std:
+            chosen = Normalizer.from_statistics(self.train_store.metadata["statistics"], label)
+        if self.model_config.forces == "conservative" and chosen.force_std != chosen.energy_std:
+            whose = "task.normalizer" if given != "auto" else "the normalizer of task.init_from"
             raise ValueError(
-                f"task.normalizer: energy_std is {given.energy_std} and force_std {given.force_std}; conservative "
-                "forces are the gradient of the energy, so both must be the same"
+                f"{whose} has energy_std {chosen.energy_std} and force_std {chosen.force_std}; conservative forces are "
+                "the gradient of the energy, so both must be the same (task.normalizer sets them)"
             )
-        return Normalizer(given.energy_mean, given.energy_std, given.force_std)
+        return chosen
 
     def _sampler(self, store: Any, batch_size: int, *, shuffle: bool) -> BalancedBatchSampler:
         return BalancedBatchSampler(

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from toy import make_dataset, make_relaxed_dataset, write_config
 
 from egnscale.data.store import Store
 from egnscale.launch import Calculator
 from egnscale.launch.cli import main
 from egnscale.launch.run_files import load_trained, read_weights
-from egnscale.scaling.checkpoint import find_checkpoint
+from egnscale.scaling.checkpoint import _seal, find_checkpoint
 
 DIMENET = (
     "model={name: dimenetplusplus, num_blocks: 1, hidden_channels: 16, out_emb_channels: 12, int_emb_size: 8, "
@@ -147,11 +148,47 @@ def test_fine_tuning_starts_with_the_weights_of_a_checkpoint(
     assert rates == pytest.approx([1e-12] * 8 + [5e-13] * 8)
 
 
+def test_fine_tuning_goes_on_without_the_checkpoint_that_it_started_from(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    train(data, tmp_path / "start", capsys, "optim.max_steps=1")
+    how = [f"task.init_from={tmp_path}/start", "model={}", "optim.scheduler=constant"]
+    train(data, tmp_path / "run", capsys, *how, "optim.max_steps=4")
+    (tmp_path / "start").rename(tmp_path / "gone")
+    assert train(data, tmp_path / "run", capsys, *how, "--resume")["step"] == 8
+    again = train(data, tmp_path / "other", capsys, *how, status=1)
+    assert "start" in again, "a new run needs it"
+
+
+def test_starting_from_a_checkpoint_leaves_its_scale_factors_alone(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Also where one of them was never fitted: the weights were trained with it as it is."""
+    train(data, tmp_path / "start", capsys, "optim.max_steps=1")
+    checkpoint = find_checkpoint(tmp_path / "start")
+    weights = read_weights(checkpoint / "model.safetensors")
+    name = next(name for name in weights if name.endswith("scale_factor"))
+    weights[name] = torch.zeros(())
+    save_file(weights, checkpoint / "model.safetensors")
+    (checkpoint / "manifest.json").unlink()
+    _seal(checkpoint)
+    how = [f"task.init_from={tmp_path}/start", "model={}", "optim.max_steps=1", "optim.ema_decay=null"]
+    train(data, tmp_path / "run", capsys, *how)
+    found = read_weights(find_checkpoint(tmp_path / "run") / "model.safetensors")
+    assert {k: v.item() for k, v in found.items() if k.endswith("scale_factor")} == {
+        k: v.item() for k, v in weights.items() if k.endswith("scale_factor")
+    }
+
+
 MISTAKES = {
     "forces for is2re": (["task.name=is2re", "model.forces=direct"], "task is2re trains energies alone"),
     "metric of the other task": (["task.primary_metric=energy_within_threshold"], "task s2ef has forces_mae"),
     "no relaxed energies": (["task.name=is2re"], "have no energy_relaxed, which is2re needs"),
     "no checkpoint": (["task.init_from=nowhere"], "nowhere"),
+    "two deviations, then conservative": (
+        ["task.init_from={start}", "model={forces: conservative}"],
+        "the normalizer of task.init_from has energy_std 1.0 and force_std 2.0",
+    ),
     "other sizes": (["task.init_from={start}", "model={emb_size_edge: 20}"], "the model's is (20,"),
     "preset and checkpoint": (["task.init_from={start}", "model={preset: gemnet-dt}"], "leave model.preset out"),
     "another architecture": (["task.init_from={start}", "model={name: dimenetplusplus}"], "leave model.name out"),
@@ -162,7 +199,8 @@ MISTAKES = {
 def test_mistakes_in_one_line(case: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     overrides, message = MISTAKES[case]
     if any("{start}" in override for override in overrides):
-        train(data, tmp_path / "start", capsys, "optim.max_steps=1")
+        scale = "task.normalizer={energy_mean: 0, energy_std: 1, force_std: 2}"
+        train(data, tmp_path / "start", capsys, "optim.max_steps=1", scale)
     overrides = [override.replace("{start}", str(tmp_path / "start")) for override in overrides]
     problem = train(data, tmp_path / "run", capsys, *overrides, status=1)
     assert message in problem
