@@ -51,7 +51,9 @@ def on_rank(world: Any, name: str) -> dict[str, float]:
     pairs = zip(found_gradients, wanted_gradients, strict=True)
     return {
         "energy": float((found.energy.cpu() - wanted.energy).norm() / wanted.energy.norm()),
-        "forces": float((mesh.collect(found.forces.detach(), graph).cpu() - wanted.forces).norm() / wanted.forces.norm()),
+        "forces": float(
+            (mesh.collect(found.forces.detach(), graph).cpu() - wanted.forces).norm() / wanted.forces.norm()
+        ),
         "gradients": max(float((a.cpu() / world.size - b).norm() / b.norm()) for a, b in pairs),
         "waited": waited,
     }
