@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from egnscale.models.basis import BesselBasis, SineBasis
 from egnscale.models.forces import Forces, Prediction, conservative
 from egnscale.models.graph import ExtendedGraph, Pending
+from egnscale.models.layered import LayeredModel
 from egnscale.models.layers import BiasedResidual, Linear, silu
 from egnscale.models.segments import segment_sum_backend
 from egnscale.models.triplets import PathHarmonics, path_harmonics, path_sum
@@ -212,7 +213,7 @@ class Readout(nn.Module):
         return Prediction(graph.partition.total(state.energy).squeeze(-1), None)  # NodeAggr, GlobalUpdate
 
 
-class DimeNetPlusPlus(nn.Module):
+class DimeNetPlusPlus(LayeredModel):
     """DimeNet++: `model(graph) -> Prediction`, for graphs that list their leaving edges."""
 
     def __init__(self, config: DimeNetConfig) -> None:
@@ -234,9 +235,9 @@ class DimeNetPlusPlus(nn.Module):
 
     def state(self, graph: ExtendedGraph) -> State:
         """What the readout sees."""
-        state = self.embedding(graph)
+        state = self.run(self.embedding, graph)
         for block in self.blocks:
-            state = block(state, graph)
+            state = self.run(block, state, graph)
         return state
 
     def atom_energies(self, graph: ExtendedGraph) -> Tensor:

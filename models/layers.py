@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from egnscale.models.remake import cheap
+
 INV_SQRT_2 = 1 / math.sqrt(2)
+#: A product with a matrix so many times wider than high costs about what reading its result costs.
+NARROW = 16
 
 
 class _SiLU(torch.autograd.Function):
@@ -73,12 +77,16 @@ def _times_silu_curvature(y: Tensor, x: Tensor) -> Tensor:
 
 def silu(x: Tensor) -> Tensor:
     """x sigmoid(x), with derivatives of every order that keep little."""
-    return _SiLU.apply(x)
+    return cheap(_SiLU.apply, x)
 
 
 def scaled_silu(x: Tensor) -> Tensor:
     """SiLU(x) / 0.6, which keeps the variance of a unit normal input near one."""
-    return silu(x) * (1 / 0.6)
+    return cheap(_scaled_silu, x)
+
+
+def _scaled_silu(x: Tensor) -> Tensor:
+    return _SiLU.apply(x) * (1 / 0.6)
 
 
 @torch.no_grad()
@@ -97,6 +105,12 @@ def he_orthogonal_(weight: Tensor) -> Tensor:
     return weight.mul_(fan_in**-0.5)
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W. (N, in), (in, out) -> (N, out); cheap where it is much narrower than what it makes."""
+    narrow = NARROW * weight.shape[0] <= weight.shape[1]
+    return cheap(torch.matmul, x, weight) if narrow else x @ weight
+
+
 class Dense(nn.Module):
     """y = act(x W^T): linear without bias, optionally followed by the scaled SiLU. (N, in) -> (N, out).
 
@@ -109,7 +123,7 @@ class Dense(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.to(self.weight.dtype) @ self.weight.t()
+        y = product(x.to(self.weight.dtype), self.weight.t())
         return scaled_silu(y) if self.activation else y
 
     def extra_repr(self) -> str:
@@ -162,7 +176,7 @@ class ScaleFactor(nn.Module):
         """Scale `y`; `reference` is what its variance should match, read only while fitting."""
         if self.observer is not None:
             self.observer(y, reference)
-        return y * self.alpha.to(y.dtype)
+        return cheap(torch.mul, y, self.alpha.to(y.dtype))
 
     @property
     def alpha(self) -> Tensor:
@@ -203,7 +217,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.dtype)
-        y = x @ self.weight.t() if self.bias is None else torch.addmm(self.bias, x, self.weight.t())
+        weight = self.weight.t()
+        y = product(x, weight) if self.bias is None else torch.addmm(self.bias, x, weight)
         return silu(y) if self.activation else y
 
     def extra_repr(self) -> str:
