@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -77,7 +78,7 @@ class Replayed:
             return layer(*args)
 
         def replay(*tensors: Tensor) -> Any:
-            return layer(*_filled(args_without, iter(tensors)))
+            return _replayed_first(layer(*_filled(args_without, iter(tensors))), tensors)
 
         # Tensors are handed over one by one, so that autograd keeps them as it keeps any other; the rest stays behind.
         tensors: list[Tensor] = []
@@ -90,6 +91,28 @@ class Replayed:
                 preserve_rng_state=False,  # layers draw no random numbers
                 context_fn=lambda: (nullcontext(), _CountedAsReplay(self.group)),
             )
+
+
+def _replayed_first(result: Any, given: tuple[Tensor, ...]) -> Any:
+    """A layer's result, whose gradients, as soon as there are any, have the layer run again before all else.
+
+    Without this, a layer is run again when the first of its operations needs something. By then ZeRO-3 has gathered the
+    parameters of that operation's module, and a replay would give them back too early. With it, replays are at the same
+    place on all ranks by construction. Gradients flow as they did: a function in between would round them elsewhere.
+    """
+    tensors: list[Tensor] = []
+    _emptied(result, tensors)
+    before = {id(x) for x in given}
+    for x in tensors:
+        if x.requires_grad and id(x) not in before:
+            # An operation on nothing, which like all others in the layer has not kept what it saved.
+            operation = x.new_zeros(0).requires_grad_().exp().grad_fn
+            x.register_hook(partial(_ask, operation))
+    return result
+
+
+def _ask(operation: Any, grad: Tensor) -> None:
+    assert operation._saved_result is not None
 
 
 class _CountedAsReplay:

@@ -1,4 +1,6 @@
-"""Twenty optimizer steps give the same losses however ranks are shared out: graph x data, under every ZeRO stage."""
+"""Twenty optimizer steps give the same losses however ranks are shared out: graph x data, under every ZeRO stage,
+whatever is recomputed.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from egnscale.launch.loading import PartCollate, graph_spec
 from egnscale.launch.tasks import S2EF, Normalizer
 from egnscale.models import build_model
 from egnscale.scaling.ds_config import complete_ds_config, read_ds_config
+from egnscale.scaling.recompute import Recompute, set_recompute
 
 GEMNET = {
     "num_blocks": 2, "emb_size_atom": 8, "emb_size_edge": 12, "emb_size_trip": 6, "emb_size_bil_trip": 5,
@@ -40,11 +43,13 @@ class Case(NamedTuple):
     optimizer: str
     clip: float | None
     model: str = "gemnet"
+    recompute: Recompute = "none"
 
     @property
     def name(self) -> str:
         clip = "clipped" if self.clip else "not clipped"
-        return f"{self.model}, graph {self.graph} x data {self.data}, ZeRO-{self.zero}, {self.optimizer}, {clip}"
+        layout = f"graph {self.graph} x data {self.data}, ZeRO-{self.zero}"
+        return f"{self.model}, {layout}, {self.optimizer}, {clip}, recompute {self.recompute}"
 
 
 #: The gradient's norm is between 2 and 40 in these runs: 0.5 always clips.
@@ -75,6 +80,27 @@ QUICK_CONSERVATIVE = [
     Case(1, 2, 2, "sgd", None, "gemnet, conservative"),
     Case(3, 1, 1, "sgd", None, "dimenet"),
     Case(3, 1, 2, "sgd", 0.5, "gemnet, conservative"),
+]
+
+HOWS: tuple[Recompute, ...] = ("selective", "block")
+RECOMPUTE = [
+    Case(graph, data, zero, optimizer, None, recompute=how)
+    for graph, data, zero, optimizer, how in product((1, 2), (1, 2), range(4), ("sgd", "adamw"), HOWS)
+] + [
+    Case(graph, data, zero, "sgd", None, model, how)
+    for model in ("gemnet, conservative", "dimenet")
+    for graph, data, zero, how in product((1, 2), (1, 2), range(3), HOWS)
+]
+#: Every stage, and every layout with more than one rank, with both; ZeRO-3 gathers parameters again for a replay.
+QUICK_RECOMPUTE = [
+    *(Case(2, 1, zero, "sgd", None, recompute="block") for zero in range(4)),
+    *(Case(1, 2, zero, "sgd", None, recompute="selective") for zero in range(4)),
+    Case(1, 2, 3, "adamw", 0.5, recompute="block"),
+    Case(2, 1, 3, "adamw", 0.5, recompute="selective"),
+    Case(2, 2, 3, "sgd", 0.5, recompute="block"),
+    Case(2, 1, 2, "sgd", None, "gemnet, conservative", "block"),
+    Case(2, 1, 1, "sgd", None, "dimenet", "block"),
+    Case(1, 2, 1, "sgd", None, "dimenet", "selective"),
 ]
 
 
@@ -110,6 +136,7 @@ def run(world: Any, case: Case, wrong: bool = False) -> list[float]:
     mesh = Mesh.of_world(world.device, graph=case.graph)
     assert mesh.layout.data == case.data
     module = objective(case.model)
+    set_recompute(module.model, case.recompute, mesh.graph_group)
     collate = PartCollate(collate_of(module.model), case.graph, mesh.graph_rank)
     config = complete_ds_config(
         read_ds_config(f"zero{case.zero}"),
@@ -146,7 +173,7 @@ def _own_total(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 def all_cases(world: Any, cases: list[Case]) -> dict[str, list[float]]:
     found = {case.name: run(world, case) for case in cases if case.graph * case.data == world.size}
-    if world.size == 2 and QUICK[0].model in {case.model for case in cases}:
+    if world.size == 2 and "gemnet" in {case.model for case in cases}:
         found["control"] = run(world, Case(2, 1, 1, "sgd", None), wrong=True)
     return found
 
@@ -202,6 +229,10 @@ def test_twenty_conservative_steps_are_those_of_one_process() -> None:
     check(QUICK_CONSERVATIVE)
 
 
+def test_twenty_steps_with_recomputation_are_those_of_one_process_without() -> None:
+    check(QUICK_RECOMPUTE)
+
+
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_twenty_steps_of_every_layout() -> None:
@@ -212,3 +243,9 @@ def test_twenty_steps_of_every_layout() -> None:
 @pytest.mark.timeout(3600)
 def test_twenty_conservative_steps_of_every_layout() -> None:
     check(CONSERVATIVE)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_twenty_steps_with_recomputation_of_every_layout() -> None:
+    check(RECOMPUTE)
