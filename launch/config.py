@@ -401,7 +401,10 @@ class ParallelConfig(_Section):
     graph: Size = Field(default=1, description="ranks that share each graph; consecutive ones, of one node if they fit")
     pipe: Size = Field(default=1, description="pipeline stages")
     zero: Annotated[Whole, Field(ge=0, le=3)] = Field(default=0, description="DeepSpeed's ZeRO stage, 0..3")
-    recompute: Literal["none"] = Field(default="none", description="what is recomputed in the backward pass")
+    recompute: Literal["none", "selective", "block"] = Field(
+        default="none",
+        description="what is made again in the backward pass: none, selective (what is cheap) or block (every layer)",
+    )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="precision of matrix products")
     offload: Literal["none"] = Field(default="none", description="what is kept in host memory")
     second_order: Literal["auto", "double_backward", "reverse_over_forward"] = Field(

@@ -49,6 +49,7 @@ from egnscale.scaling.ema import ExponentialMovingAverage
 from egnscale.scaling.engine import Engine, World, gather_over_ranks, once, sum_over_ranks
 from egnscale.scaling.flat import flatten_layers
 from egnscale.scaling.layout import Mesh
+from egnscale.scaling.recompute import set_recompute
 
 #: Batches that scale factors are fitted on, over all replicas together.
 SCALE_FACTOR_BATCHES = 16
@@ -126,6 +127,7 @@ class Trainer:
         torch.manual_seed(config.task.seed)  # the same weights on every rank
         model = build_model(self.model_config)
         self.mesh.name_layers(model.layers)
+        set_recompute(model, config.parallel.recompute, self.mesh.graph_group)
         self.objective = self._objective(model)
         if start is not None:
             # Scale factors too, the unfitted ones among them: they are part of what the weights were trained for.

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from egnscale.models.basis import BesselBasis, SineBasis
-from egnscale.models.dual import Run, call, inside
 from egnscale.models.forces import Forces, Prediction, conservative
 from egnscale.models.graph import ExtendedGraph, Pending
+from egnscale.models.layered import LayeredModel, inside
 from egnscale.models.layers import BiasedResidual, Linear, silu
+from egnscale.models.remake import cheap
 from egnscale.models.segments import segment_sum_backend
 from egnscale.models.triplets import PathHarmonics, path_harmonics, path_sum
 
@@ -139,13 +140,13 @@ class InteractionBlock(nn.Module):
 
     def send(self, x: Tensor, basis: EdgeBasis, graph: ExtendedGraph) -> Pending:
         """TripletUpdate and TripletAggr: (E, H) -> (E, I), which may be under way."""
-        x_kj = self.lin_kj(x) * self.lin_rbf2(self.lin_rbf1(basis.rbf))
+        x_kj = cheap(torch.mul, self.lin_kj(x), self.lin_rbf2(self.lin_rbf1(basis.rbf)))
         x_kj = self.lin_down(x_kj)
         # Published: x_kj times lin_sbf2(lin_sbf1(radial * angular)) of each triplet. Both being linear, what multiplies
         # the angular part of degree l is known for each edge.
         sbf1 = self.lin_sbf1.weight.view(-1, *basis.radial.shape[1:])  # (C, S, R)
         radial = basis.radial.to(sbf1.dtype).transpose(0, 1) @ sbf1.permute(1, 2, 0)  # (S, E, C)
-        weighted = (radial @ self.lin_sbf2.weight.t()) * x_kj  # (S, E, I)
+        weighted = cheap(torch.matmul, radial, self.lin_sbf2.weight.t()) * x_kj  # (S, E, I)
         return graph.partition.to_targets(path_sum(weighted, basis.angular, graph).to(x.dtype))
 
 
@@ -217,7 +218,7 @@ class Readout(nn.Module):
         return state.energy
 
 
-class DimeNetPlusPlus(nn.Module):
+class DimeNetPlusPlus(LayeredModel):
     """DimeNet++: `model(graph) -> Prediction`, for graphs that list their leaving edges."""
 
     def __init__(self, config: DimeNetConfig) -> None:
@@ -226,7 +227,6 @@ class DimeNetPlusPlus(nn.Module):
         self.embedding = Embedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.readout = Readout()
-        self.run: Run = call  #: how layers are called
 
     @property
     def layers(self) -> list[nn.Module]:

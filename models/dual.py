@@ -24,19 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from egnscale.models.graph import ExtendedGraph
-
-#: Calls `function(*args)`, which uses a layer's parameters: (layer, function, *args). Others may recompute it in
-#: backward, or bring the parameters from where they are.
-Run = Callable[..., Any]
-
-
-def call(layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
-
-
-def inside(layer: nn.Module) -> nn.Module:
-    """What a layer computes, where it is another module that holds its parameters (`egnscale.scaling.flat`)."""
-    return getattr(layer, "body", layer)
+from egnscale.models.layered import inside
 
 
 def _directly(function: Callable[..., Any], *args: Any) -> Any:

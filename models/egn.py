@@ -29,6 +29,7 @@ from egnscale.models.basis import GaussianBasis, polynomial_envelope
 from egnscale.models.forces import Prediction
 from egnscale.models.graph import ExtendedGraph, Pending, Triplets
 from egnscale.models.harmonics import circular_harmonics
+from egnscale.models.layered import LayeredModel, inside
 from egnscale.models.layers import INV_SQRT_2, Dense
 
 
@@ -183,7 +184,7 @@ class Readout(nn.Module):
         return Prediction(graph.partition.total(energy.to(direction.dtype)).squeeze(-1), forces)
 
 
-class EGN(nn.Module):
+class EGN(LayeredModel):
     """A model of `EGNBlock`s: `model(graph) -> Prediction`, for graphs that list their triplets.
 
     Args:
@@ -224,7 +225,7 @@ class EGN(nn.Module):
         return [self.embedding, *self.blocks, self.readout]
 
     def forward(self, graph: ExtendedGraph) -> Prediction:
-        state = self.embedding(graph)
+        state = self.run(self.embedding, inside(self.embedding), graph)
         for block in self.blocks:
-            state = block(state, graph)
+            state = self.run(block, inside(block), state, graph)
         return self.readout(state, graph)

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from egnscale.models.basis import RADIAL_BASES
-from egnscale.models.dual import Run, call, inside
 from egnscale.models.forces import Forces, Prediction, conservative
 from egnscale.models.graph import ExtendedGraph, Pending
+from egnscale.models.layered import LayeredModel, inside
 from egnscale.models.layers import INV_SQRT_2, Dense, ScaleFactor, he_orthogonal_, residuals, scaled_silu
+from egnscale.models.remake import cheap
 from egnscale.models.segments import segment_sum_backend
 from egnscale.models.triplets import AngularBasis, TripletForm, angular_basis, bilinear, triplet_sum
 
@@ -201,7 +202,7 @@ class TripletInteraction(nn.Module):
     def send(self, m: Tensor, basis: EdgeBasis, angular: AngularBasis, graph: ExtendedGraph) -> tuple[Tensor, Pending]:
         """(E, O) messages, and those of the reverse edges, which may be under way."""
         x = self.dense_ba(m)
-        x = self.scale_rbf(x * self.mlp_rbf(basis.rbf), reference=x)
+        x = self.scale_rbf(cheap(torch.mul, x, self.mlp_rbf(basis.rbf)), reference=x)
         x = self.down_projection(x)
         y = bilinear(triplet_sum(x, angular, graph.buckets), basis.cbf, self.mlp_cbf)
         y = self.scale_cbf_sum(y, reference=x)
@@ -334,7 +335,7 @@ class Readout(nn.Module):
         return state.energy / atoms.index_select(0, graph.system)
 
 
-class GemNetT(nn.Module):
+class GemNetT(LayeredModel):
     """GemNet-T: `model(graph) -> Prediction`, with the kind of forces that its configuration says."""
 
     def __init__(self, config: GemNetConfig) -> None:
@@ -343,7 +344,6 @@ class GemNetT(nn.Module):
         self.embedding = Embedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.readout = Readout(config)
-        self.run: Run = call  #: how layers are called
 
     @property
     def layers(self) -> list[nn.Module]:

@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from egnscale.models.remake import cheap
+
 INV_SQRT_2 = 1 / math.sqrt(2)
+#: A product with a matrix so many times wider than high costs about what reading its result costs.
+NARROW = 16
 
 
 class _SiLU(torch.autograd.Function):
@@ -73,7 +77,7 @@ def _times_silu_curvature(y: Tensor, x: Tensor) -> Tensor:
 
 def silu(x: Tensor) -> Tensor:
     """x sigmoid(x), with derivatives of every order that keep little."""
-    return _SiLU.apply(x)
+    return cheap(_SiLU.apply, x)
 
 
 class _Linear(torch.autograd.Function):
@@ -119,13 +123,23 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b. (N, in), (out, in), (out,) -> (N, out)."""
+    """x W^T + b. (N, in), (out, in), (out,) -> (N, out); cheap where x is much narrower than what is made of it."""
+    if bias is None and NARROW * weight.shape[1] <= weight.shape[0]:
+        return cheap(_without_bias, x, weight)
     return _Linear.apply(x, weight, bias)
+
+
+def _without_bias(x: Tensor, weight: Tensor) -> Tensor:
+    return _Linear.apply(x, weight, None)
 
 
 def scaled_silu(x: Tensor) -> Tensor:
     """SiLU(x) / 0.6, which keeps the variance of a unit normal input near one."""
-    return silu(x) * (1 / 0.6)
+    return cheap(_scaled_silu, x)
+
+
+def _scaled_silu(x: Tensor) -> Tensor:
+    return _SiLU.apply(x) * (1 / 0.6)
 
 
 @torch.no_grad()
@@ -209,7 +223,7 @@ class ScaleFactor(nn.Module):
         """Scale `y`; `reference` is what its variance should match, read only while fitting."""
         if self.observer is not None:
             self.observer(y, reference)
-        return y * self.alpha.to(y.dtype)
+        return cheap(torch.mul, y, self.alpha.to(y.dtype))
 
     @property
     def alpha(self) -> Tensor:

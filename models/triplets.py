@@ -23,6 +23,7 @@ E edges, S num_spherical, F features; n atoms of degree <= d in a bucket (`EdgeB
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from egnscale.models.graph import EdgeBuckets, ExtendedGraph
 from egnscale.models.harmonics import circular_harmonics, circular_norm, spherical_harmonics
+from egnscale.models.remake import cheap
 
 TripletForm = Literal["auto", "harmonic", "block"]
 
@@ -64,6 +66,10 @@ def angular_basis(
 
 def triplet_sum(x: Tensor, angular: AngularBasis, buckets: EdgeBuckets) -> Tensor:
     """S[c, l, f] as defined at the top. (E, F) -> (E, S, F)."""
+    return cheap(partial(_triplet_sum, buckets), x, *angular)
+
+
+def _triplet_sum(buckets: EdgeBuckets, x: Tensor, *angular: Tensor) -> Tensor:
     sums = []
     for rows, factor in zip(buckets.split(buckets.pad(x)), angular, strict=True):
         n, d, features = rows.shape
@@ -98,7 +104,7 @@ def bilinear(sums: Tensor, radial: Tensor, weight: Tensor) -> Tensor:
         (E, O)
     """
     features, inner, out = weight.shape
-    mixed = radial.to(sums.dtype) @ sums  # (E, I, F)
+    mixed = cheap(torch.matmul, radial.to(sums.dtype), sums)  # (E, I, F)
     return mixed.reshape(-1, inner * features) @ weight.transpose(0, 1).reshape(inner * features, out)
 
 

@@ -30,7 +30,7 @@ class Site(NamedTuple):
 
     layer: str  #: of the model, by whoever names layers (`Traffic.layer`)
     verb: str
-    direction: str  #: forward or backward
+    direction: str  #: forward, backward or, where backward runs a layer again, replay
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.layer = ""
+        self.direction = "forward"  #: or "replay", of exchanges that are no backward ones
         self.tallies: defaultdict[Site, Tally] = defaultdict(Tally)
         self._events: deque[tuple[Tally, torch.cuda.Event, torch.cuda.Event]] = deque()
 
@@ -65,8 +66,8 @@ class Traffic:
             hooks.append(layer.register_forward_hook(enter("")))
         return hooks
 
-    def site(self, verb: str, direction: str = "forward") -> Site:
-        return Site(self.layer, verb, direction)
+    def site(self, verb: str) -> Site:
+        return Site(self.layer, verb, self.direction)
 
     def count(self, site: Site, sent: int) -> None:
         tally = self.tallies[site]

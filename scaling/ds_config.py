@@ -14,6 +14,8 @@ from typing import Any
 #: DeepSpeed counts micro-batches in "samples". Ours is one graph, however many structures it holds.
 MICRO_BATCH = 1
 REFUSED = {
+    "activation_checkpointing": "what is recomputed is set by parallel.recompute, and done by torch: DeepSpeed's own "
+    "checkpointing gives wrong gradients where forces are derivatives",
     "optimizer": "the optimizer comes from the run's `optim` section",
     "scheduler": "the learning-rate schedule comes from the run's `optim.scheduler`",
 }

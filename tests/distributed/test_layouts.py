@@ -1,4 +1,6 @@
-"""Twenty optimizer steps give the same losses however ranks are shared out: graph x data, under every ZeRO stage."""
+"""Twenty optimizer steps give the same losses however ranks are shared out: graph x data, under every ZeRO stage,
+whatever is recomputed.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from egnscale.launch.tasks import S2EF, Normalizer
 from egnscale.models import build_model
 from egnscale.scaling.ds_config import complete_ds_config, read_ds_config
 from egnscale.scaling.flat import flatten_layers
+from egnscale.scaling.recompute import Recompute, set_recompute
 
 GEMNET = {
     "num_blocks": 2, "emb_size_atom": 8, "emb_size_edge": 12, "emb_size_trip": 6, "emb_size_bil_trip": 5,
@@ -42,12 +45,14 @@ class Case(NamedTuple):
     clip: float | None
     model: str = "gemnet"
     second_order: str = "double_backward"
+    recompute: Recompute = "none"
 
     @property
     def name(self) -> str:
         clip = "clipped" if self.clip else "not clipped"
-        layout = f"graph {self.graph} x data {self.data}, ZeRO-{self.zero}, {self.optimizer}, {clip}"
-        return f"{self.model}, {self.second_order}, {layout}"
+        layout = f"graph {self.graph} x data {self.data}, ZeRO-{self.zero}"
+        how = f"{self.second_order}, recompute {self.recompute}"
+        return f"{self.model}, {layout}, {self.optimizer}, {clip}, {how}"
 
 
 #: The gradient's norm is between 2 and 40 in these runs: 0.5 always clips.
@@ -80,21 +85,42 @@ QUICK_CONSERVATIVE = [
     Case(3, 1, 2, "sgd", 0.5, "gemnet, conservative"),
 ]
 
+HOWS: tuple[Recompute, ...] = ("selective", "block")
+RECOMPUTE = [
+    Case(graph, data, zero, optimizer, None, recompute=how)
+    for graph, data, zero, optimizer, how in product((1, 2), (1, 2), range(4), ("sgd", "adamw"), HOWS)
+] + [
+    Case(graph, data, zero, "sgd", None, model, recompute=how)
+    for model in ("gemnet, conservative", "dimenet")
+    for graph, data, zero, how in product((1, 2), (1, 2), range(3), HOWS)
+]
+#: Every stage, and every layout with more than one rank, with both; ZeRO-3 gathers parameters again for a replay.
+QUICK_RECOMPUTE = [
+    *(Case(2, 1, zero, "sgd", None, recompute="block") for zero in range(4)),
+    *(Case(1, 2, zero, "sgd", None, recompute="selective") for zero in range(4)),
+    Case(1, 2, 3, "adamw", 0.5, recompute="block"),
+    Case(2, 1, 3, "adamw", 0.5, recompute="selective"),
+    Case(2, 2, 3, "sgd", 0.5, recompute="block"),
+    Case(2, 1, 2, "sgd", None, "gemnet, conservative", recompute="block"),
+    Case(2, 1, 1, "sgd", None, "dimenet", recompute="block"),
+    Case(1, 2, 1, "sgd", None, "dimenet", recompute="selective"),
+]
+
 
 #: Reverse over forward has every stage.
 DUAL = [
-    Case(graph, data, zero, optimizer, clip, model, "reverse_over_forward")
+    Case(graph, data, zero, optimizer, clip, model, "reverse_over_forward", how)
     for model in ("gemnet, conservative", "dimenet")
     for graph, data in ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2))
     for zero in range(4)
-    for optimizer, clip in (("sgd", None), ("sgd", 0.5), ("adamw", None))
+    for optimizer, clip, how in (("sgd", None, "none"), ("sgd", 0.5, "block"), ("adamw", None, "selective"))
 ]
 QUICK_DUAL = [
     Case(1, 2, 3, "sgd", None, "dimenet", "reverse_over_forward"),
-    Case(2, 1, 3, "sgd", 0.5, "dimenet", "reverse_over_forward"),
+    Case(2, 1, 3, "sgd", 0.5, "dimenet", "reverse_over_forward", "block"),
     Case(2, 1, 3, "sgd", None, "gemnet, conservative", "reverse_over_forward"),
     Case(2, 1, 1, "sgd", None, "dimenet", "reverse_over_forward"),
-    Case(1, 2, 2, "sgd", None, "gemnet, conservative", "reverse_over_forward"),
+    Case(1, 2, 2, "sgd", None, "gemnet, conservative", "reverse_over_forward", "block"),
     Case(3, 1, 0, "sgd", None, "dimenet", "reverse_over_forward"),
 ]
 
@@ -133,6 +159,7 @@ def run(world: Any, case: Case, wrong: bool = False) -> list[float]:
     module = objective(case.model, case.second_order)
     if case.zero == 3 and case.second_order == "reverse_over_forward":
         flatten_layers(module.model)
+    set_recompute(module.model, case.recompute, mesh.graph_group)
     collate = PartCollate(collate_of(module.model), case.graph, mesh.graph_rank)
     config = complete_ds_config(
         read_ds_config(f"zero{case.zero}"),
@@ -169,7 +196,7 @@ def _own_total(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 def all_cases(world: Any, cases: list[Case]) -> dict[str, list[float]]:
     found = {case.name: run(world, case) for case in cases if case.graph * case.data == world.size}
-    if world.size == 2 and QUICK[0].model in {case.model for case in cases}:
+    if world.size == 2 and "gemnet" in {case.model for case in cases}:
         found["control"] = run(world, Case(2, 1, 1, "sgd", None), wrong=True)
     return found
 
@@ -225,6 +252,10 @@ def test_twenty_conservative_steps_are_those_of_one_process() -> None:
     check(QUICK_CONSERVATIVE)
 
 
+def test_twenty_steps_with_recomputation_are_those_of_one_process_without() -> None:
+    check(QUICK_RECOMPUTE)
+
+
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_twenty_steps_of_every_layout() -> None:
@@ -245,3 +276,9 @@ def test_twenty_steps_of_reverse_over_forward_in_every_layout() -> None:
 @pytest.mark.timeout(3600)
 def test_twenty_conservative_steps_of_every_layout() -> None:
     check(CONSERVATIVE)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_twenty_steps_with_recomputation_of_every_layout() -> None:
+    check(RECOMPUTE)

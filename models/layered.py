@@ -1,0 +1,41 @@
+"""A model as a list of layers, and the one place through which it runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from egnscale.models.remake import remaking
+
+#: Calls `function(*args)`, which uses a layer's parameters: (layer, function, *args). Others may recompute it in
+#: backward, or bring the parameters from where they are.
+Run = Callable[..., Any]
+
+
+def call(layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def inside(layer: nn.Module) -> nn.Module:
+    """What a layer computes, where it is another module that holds its parameters (`egnscale.scaling.flat`)."""
+    return getattr(layer, "body", layer)
+
+
+class LayeredModel(nn.Module):
+    """`[Embedding, Block, ..., Block, Readout]`: the first takes the graph, the others (State, graph).
+
+    A State is a NamedTuple of tensors and of further tuples.
+    """
+
+    remaking = staticmethod(remaking)
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: Runs every layer but the last; who wants to keep less for the backward pass puts something else in its place.
+        self.run: Run = call
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        raise NotImplementedError

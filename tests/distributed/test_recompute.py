@@ -1,0 +1,127 @@
+"""Replays among ranks that share a graph: all in step, and every rank's gradients are the bits that it has without.
+
+Each world of P processes is started once and runs all checks; the tests look at what it found.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import small_models
+import structures
+import torch
+from spawn import spawn
+from torch import Tensor
+
+from egnscale.data.batch import cell_coordinates
+from egnscale.data.sample import Sample
+from egnscale.models import AtomModel, ExtendedGraph, Prediction
+from egnscale.scaling import collectives
+from egnscale.scaling.partition import partition_by_owner
+from egnscale.scaling.recompute import set_recompute
+
+WORLDS = (2, 3)
+HOWS = ("selective", "block")
+SIZES: dict[str, Any] = {"cutoff": 4.5, "max_neighbors": 20}
+
+
+def models() -> dict[str, AtomModel]:
+    return {
+        "gemnet": small_models.gemnet(**SIZES),
+        "gemnet, wide atoms": small_models.gemnet(emb_size_atom=20, **SIZES),
+        "gemnet, conservative": small_models.gemnet(forces="conservative", **SIZES),
+        "dimenet": small_models.dimenet(**SIZES),
+        "dimenet, energies": small_models.dimenet(forces="none", **SIZES),
+    }
+
+
+def cases() -> dict[str, list[Sample]]:
+    return {
+        "small slab": [structures.slab()],
+        "mixed batch": [
+            structures.far_apart("O"),
+            structures.slab("fcc211"),
+            structures.water(periodic=False),
+            structures.crystal(),
+            structures.slab(size=(2, 2, 4), seed=3),
+        ],
+        "fewer atoms than ranks": [structures.far_apart("H"), structures.crystal()],
+        "isolated atoms": [structures.far_apart(*"OHCNOHCNOHCN")],
+        "nothing": [],
+    }
+
+
+def part_of(mesh: Any, network: AtomModel, samples: list[Sample]) -> ExtendedGraph:
+    whole = small_models.graph_for(network, *samples)
+    return mesh.place(partition_by_owner(whole, cell_coordinates(samples), mesh.layout.graph, mesh.graph_rank)[0])
+
+
+def loss(prediction: Prediction, graph: ExtendedGraph) -> Tensor:
+    """Something that weighs every output, the same on all ranks that share the graph."""
+    found = prediction.energy.square() + prediction.energy
+    if prediction.forces is not None:
+        found = found + graph.partition.total((prediction.forces - 0.1).square().sum(1, keepdim=True))[:, 0]
+    return found.sum()
+
+
+def gradients(network: AtomModel, graph: ExtendedGraph) -> dict[str, Tensor]:
+    prediction = network(graph)
+    found = torch.autograd.grad(loss(prediction, graph), list(network.parameters()))
+    return dict(zip((name for name, _ in network.named_parameters()), found, strict=True))
+
+
+def differing(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+    return [name for name in wanted if not torch.equal(found[name], wanted[name])]
+
+
+def nothing_comes(flight: Any) -> Tensor:
+    """Rows that have arrived, but in a replay nothing but zeros: what gradients are if ranks do not replay in step."""
+    rows = ARRIVE(flight)
+    return torch.zeros_like(rows) if flight.site.direction == "replay" else rows
+
+
+ARRIVE = collectives._Flight.arrive
+
+
+def on_rank(world: Any) -> dict[str, Any]:
+    from egnscale.scaling.layout import Mesh
+
+    mesh = Mesh.of_world(world.device, graph=world.size)
+    group = mesh.graph_group
+    assert group is not None
+    wrong: dict[str, list[str]] = {}
+    sent: dict[str, Counter[str]] = {}
+    for name, network in models().items():
+        mesh.name_layers(network.layers)
+        for case, samples in cases().items():
+            graph = part_of(mesh, network, samples)
+            set_recompute(network, "none")
+            wanted = gradients(network, graph)
+            for how in HOWS:
+                mesh.traffic()
+                set_recompute(network, how, group)
+                wrong[f"{name}, {case}, {how}"] = differing(gradients(network, graph), wanted)
+                if case == "small slab":
+                    of_blocks = sent[f"{name}, {how}"] = Counter()
+                    for site, tally in mesh.traffic().items():
+                        of_blocks[site.direction] += tally.calls if site.layer.endswith(" Block") else 0
+    network = models()["gemnet"]
+    graph = part_of(mesh, network, cases()["small slab"])
+    wanted = gradients(network, graph)
+    set_recompute(network, "block", group)
+    collectives._Flight.arrive = nothing_comes  # type: ignore[method-assign]
+    control = differing(gradients(network, graph), wanted)
+    collectives._Flight.arrive = ARRIVE  # type: ignore[method-assign]
+    return {"wrong": wrong, "sent": sent, "control": control}
+
+
+@pytest.mark.parametrize("size", WORLDS)
+def test_gradients_are_the_same_bits(size: int) -> None:
+    for found in spawn(size, on_rank):
+        assert {name: names for name, names in found["wrong"].items() if names} == {}
+        assert found["control"], "replays that receive nothing go unnoticed"
+        for name, calls in found["sent"].items():
+            derivatives = 2 if "conservative" in name or name.startswith("dimenet, block") else 1
+            assert calls["replay"] == (derivatives * calls["forward"] if name.endswith("block") else 0), name
