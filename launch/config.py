@@ -31,6 +31,7 @@ from egnscale.launch.config_file import apply_overrides, explain, known_keys, re
 
 #: Names that OC20's YAMLs and other programs use for what has another name, or another place, here.
 _ELSEWHERE = {
+    "activation_checkpointing": "parallel.recompute",
     "amp": "parallel.precision",
     "base_lr": "optim.lr_initial",
     "checkpoint_dir": "task.output",
@@ -39,6 +40,7 @@ _ELSEWHERE = {
     "epochs": "optim.max_epochs",
     "eta_min": "optim.scheduler.min_factor",
     "force_loss_weight": "task.force_coefficient",
+    "gradient_checkpointing": "parallel.recompute",
     "learning_rate": "optim.lr_initial",
     "lr": "optim.lr_initial",
     "lr_gamma": "optim.scheduler.gamma",

@@ -8,6 +8,7 @@ from egnscale.models.egn import EGN, EGNBlock
 from egnscale.models.forces import Prediction, conservative
 from egnscale.models.gemnet import GemNetConfig, GemNetT
 from egnscale.models.graph import ExtendedGraph, GraphPartition, WholeGraph
+from egnscale.models.layered import LayeredModel
 from egnscale.models.registry import PRESETS, AtomModel, AtomModelConfig, build_model, count_parameters, model_config
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "GemNetConfig",
     "GemNetT",
     "GraphPartition",
+    "LayeredModel",
     "Prediction",
     "WholeGraph",
     "build_model",

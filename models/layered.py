@@ -29,11 +29,13 @@ class LayeredModel(nn.Module):
     A State is a NamedTuple of tensors and of further tuples.
     """
 
+    #: Context in which what is cheap to make again (`cheap`) is not kept for the backward pass.
     remaking = staticmethod(remaking)
 
     def __init__(self) -> None:
         super().__init__()
-        #: Runs every layer but the last; who wants to keep less for the backward pass puts something else in its place.
+        #: Runs every layer but the last. Whoever wants to keep less for the backward pass puts something else in its
+        #: place, which takes and returns the same.
         self.run: Run = call
 
     @property

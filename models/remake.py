@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
@@ -28,12 +28,12 @@ class Recipe(NamedTuple):
 
 
 class View(NamedTuple):
-    """What is kept in place of a tensor: how to make it again, and which view of that it is."""
+    """What is kept in place of a tensor: how to make it again, or a parameter; and which view of that it is."""
 
-    recipe: Recipe
+    of: Recipe | nn.Parameter
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int  #: from where the whole begins, which is elsewhere each time that a parameter is put back
 
 
 Kept = Tensor | View
@@ -43,8 +43,8 @@ def unpack(kept: Kept) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
     with torch.no_grad():
-        made = kept.recipe.make(*map(unpack, kept.recipe.inputs))
-    return made.as_strided(kept.size, kept.stride, kept.offset)
+        whole = kept.of if isinstance(kept.of, nn.Parameter) else kept.of.make(*map(unpack, kept.of.inputs))
+        return whole.detach().as_strided(kept.size, kept.stride, int(whole.storage_offset()) + kept.offset)
 
 
 class _Book:
@@ -65,8 +65,13 @@ class _Book:
         return x.detach() if recipe is None else View(recipe, x.size(), x.stride(), int(x.storage_offset()))
 
     def pack(self, x: Tensor) -> Kept:
-        # A parameter stays itself: whoever shards parameters has it whole again when its operation's backward runs.
-        return x if x.is_leaf and x.requires_grad else self.kept(x)
+        # What shards parameters (ZeRO-3) takes them away after forward and puts them back for the operation's backward.
+        # The parameter is kept, therefore, and not the rows that it had: those of all layers would be the whole model.
+        if x.is_leaf and x.requires_grad:
+            return x
+        if isinstance(x._base, nn.Parameter):
+            return View(x._base, x.size(), x.stride(), int(x.storage_offset() - x._base.storage_offset()))
+        return self.kept(x)
 
 
 _book: ContextVar[_Book | None] = ContextVar("_book", default=None)

@@ -12,13 +12,15 @@ import pytest
 import small_models
 import structures
 import torch
+from kept import Made, kept_bytes
 from spawn import spawn
 from torch import Tensor
 
 from egnscale.data.batch import cell_coordinates
 from egnscale.data.sample import Sample
-from egnscale.models import AtomModel, ExtendedGraph, Prediction
+from egnscale.models import AtomModel, ExtendedGraph, Prediction, count_parameters
 from egnscale.scaling import collectives
+from egnscale.scaling.ds_config import complete_ds_config, read_ds_config
 from egnscale.scaling.partition import partition_by_owner
 from egnscale.scaling.recompute import set_recompute
 
@@ -125,3 +127,37 @@ def test_gradients_are_the_same_bits(size: int) -> None:
         for name, calls in found["sent"].items():
             derivatives = 2 if "conservative" in name or name.startswith("dimenet, block") else 1
             assert calls["replay"] == (derivatives * calls["forward"] if name.endswith("block") else 0), name
+
+
+# ZeRO-3
+
+
+def kept_under_zero3(world: Any) -> dict[str, tuple[float, float]]:
+    """Bytes that are alive after the first forward, and those of activations, over the model's size."""
+    from egnscale.scaling.engine import Engine
+
+    found = {}
+    for how in ("none", *HOWS):
+        network = small_models.gemnet(emb_size_edge=128, emb_size_trip=32, **SIZES).float()
+        graph = small_models.graph_for(network, structures.water(periodic=False)).to("cpu", torch.float32)
+        set_recompute(network, how)  # type: ignore[arg-type]
+        activations, size = kept_bytes(network, graph), 4 * count_parameters(network)
+        optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+        config = complete_ds_config(
+            read_ds_config("zero3"), zero=3, precision="fp32", gradient_accumulation=1, clip_grad_norm=None
+        )
+        engine = Engine(network, optimizer, config, world)
+        with Made() as made:
+            prediction = engine(graph)
+        assert not any(parameter.numel() for parameter in network.parameters()), "DeepSpeed has put some back"
+        found[how] = (sum(made.alive().values()) / size, activations / size)
+        engine.backward(prediction.energy.sum() + prediction.forces.sum())
+    return found
+
+
+def test_no_parameters_are_kept_for_the_backward_pass() -> None:
+    for found in spawn(2, kept_under_zero3):
+        alive, activations = found.pop("none")
+        assert alive - activations > 0.9, "autograd keeps those that ZeRO-3 has gathered"
+        for how, (alive, activations) in found.items():
+            assert alive - activations < 0.1, how

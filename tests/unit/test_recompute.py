@@ -324,7 +324,7 @@ def test_what_others_keep(preset: str, hyperparameters: dict, selective: float, 
 
 
 def test_conservative_models_keep_the_graph_of_their_forces() -> None:
-    """The second derivative needs what the first has made again: `block` gives little back, as its documentation says."""
+    """What the first derivative makes again is kept for the second: `block` gives little back, as is documented."""
     kept = kept_of("gemnet-dt", forces="conservative")
     assert 0.5 < kept["block"] < 1
 
