@@ -38,13 +38,13 @@ def claim(folder: Path, wanted: dict[str, Any], out: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(folder: Path, out: Path) -> Iterator[None]:
+def lock(folder: Path, out: Path, work: str = "building") -> Iterator[None]:
     """Held by the job at work; the system releases it when that process ends, however it ends."""
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OSError(f"another process is building {out}; wait for it, or end it") from None
+            raise OSError(f"another process is {work} {out}; wait for it, or end it") from None
         yield
 
 
