@@ -23,8 +23,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from egnscale.data.files import leftovers, replacing
 from egnscale.data.sample import Sample
-from egnscale.launch.atomic import replacing
 from egnscale.launch.relaxation import Relaxed
 from egnscale.launch.submission import is2rs_predictions
 
@@ -150,6 +150,8 @@ class RelaxationFolder:
             np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
         with replacing(self.path / STRUCTURES) as temporary:
             ase.io.write(temporary, [to_atoms(relaxed) for relaxed in ordered], format="extxyz")
+        for left in (*leftovers(self.path / TRAJECTORIES), *leftovers(self.path)):  # by processes that were killed
+            left.unlink()
         report = {"settings": self.settings, **summary(ordered, self.names)}
         with replacing(self.path / REPORT) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n")
