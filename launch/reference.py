@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from egnscale.data.files import replacing
 from egnscale.data.sample import Sample
-from egnscale.launch.atomic import replacing
 
 #: Results must be of the structure that was asked for: no atom farther from where it was, in A.
 SAME_STRUCTURE = 1e-3

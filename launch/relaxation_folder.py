@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from egnscale.data.building import claim, compare, lock
+from egnscale.data.files import leftovers, replacing
 from egnscale.data.sample import Sample
-from egnscale.launch.atomic import replacing
 from egnscale.launch.relaxation import Relaxed, Samples
 from egnscale.launch.submission import is2rs_predictions
 
@@ -155,6 +155,8 @@ class RelaxationFolder:
             np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
         with replacing(self.path / STRUCTURES) as temporary:
             ase.io.write(temporary, [to_atoms(relaxed) for relaxed in ordered], format="extxyz")
+        for left in (*leftovers(self.path / TRAJECTORIES), *leftovers(self.path)):  # by processes that were killed
+            left.unlink()
         report = {"settings": self.settings, **summary(ordered, self.names)}
         with replacing(self.path / REPORT) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n")

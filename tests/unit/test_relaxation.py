@@ -405,7 +405,12 @@ def test_failures_are_tried_again(tmp_path: Path) -> None:
     assert [folder.load(index, samples[index]) is None for index in range(3)] == [False, True, False]
     # What was relaxed from elsewhere does not count.
     assert folder.load(0, samples[1]) is None
+    # What processes that were killed were writing goes; what others put there stays.
+    for left in (".relaxed.17.tmp.extxyz", "trajectories/.100.17.tmp.traj", "trajectories/.mine"):
+        (tmp_path / "out" / left).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / left).touch()
     folder.finish(samples)
+    assert [file.name for file in (tmp_path / "out").rglob(".*")] == [".mine"]
     folder.release()
     again = folder.read(samples)
     assert [relaxed.status for relaxed in again] == ["converged", "failed", "converged"]
