@@ -1,4 +1,4 @@
-"""What makes a long job restartable: a lock, a note of what the job is, atomic writes, and workers that die with it."""
+"""What makes a long job restartable: a lock, a note of what the job is, and workers that die with it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
+
+from egnscale.data.files import replacing
 
 #: One thread for each worker: more would only compete, and could sum in another order.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -34,27 +36,19 @@ def claim(folder: Path, wanted: dict[str, Any], out: Path) -> None:
             json.loads(file.read_text()), wanted, f"{out} was begun", "go on with the same, or remove it and begin anew"
         )
     else:
-        write_atomically(file, json.dumps(wanted, indent=1).encode())
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(wanted, indent=1))
 
 
 @contextlib.contextmanager
-def lock(folder: Path, out: Path) -> Iterator[None]:
+def lock(folder: Path, out: Path, work: str = "building") -> Iterator[None]:
     """Held by the job at work; the system releases it when that process ends, however it ends."""
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OSError(f"another process is building {out}; wait for it, or end it") from None
+            raise OSError(f"another process is {work} {out}; wait for it, or end it") from None
         yield
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
 
 
 def run_in_pool(

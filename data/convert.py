@@ -26,13 +26,14 @@ from typing import Any
 import numpy as np
 
 from egnscale.data.building import claim, compare, lock, run_in_pool
+from egnscale.data.files import sync
 from egnscale.data.neighbors import count_edges
 from egnscale.data.ranks import Alone
 from egnscale.data.readers import open_source
 from egnscale.data.record import encode_sample
 from egnscale.data.sample import Sample
 from egnscale.data.source import BadSample, IndexedSource, Source
-from egnscale.data.store_writer import COLUMNS, ShardWriter, Summary, describe_shard, sync, write_metadata
+from egnscale.data.store_writer import COLUMNS, ShardWriter, Summary, describe_shard, write_metadata
 
 MADE_BY = "egnscale data convert"
 #: Parts of a source: hundreds, so that workers share them evenly and a store has not too many files; but not small.

@@ -2,7 +2,8 @@
 
 Reading OC20's LMDB files directly saves the conversion and its disk space. What training wants to know beforehand, the
 size of every structure and the spread of energies and forces, is in no file of OC20's; only the sizes may be in a
-metadata.npz beside them. What is missing is found by reading structures once, and kept beside the data.
+metadata.npz beside them. What is missing is found by reading structures once, and kept: beside the data, or where that
+cannot be written to, in the user's cache directory.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from egnscale.data.files import replacing
 from egnscale.data.neighbors import count_edges
 from egnscale.data.readers import holds_sources, open_source
 from egnscale.data.sample import Sample
@@ -29,7 +30,8 @@ from egnscale.data.store_writer import COLUMNS, Summary
 
 #: Structures that statistics are made of where metadata.npz has the sizes: enough for a mean within 1 % of the spread.
 SAMPLED = 10_000
-_CACHE = "egnscale-sizes.npz"
+#: What is kept: columns and sums of the structures that were read, and the ids of all.
+_SIZES, _IDS = "egnscale-sizes.npz", "egnscale-ids.npz"
 
 Progress = Callable[[int, int], None]
 
@@ -52,6 +54,9 @@ class Dataset(Protocol):
 
     @property
     def num_edges(self) -> np.ndarray: ...
+
+    @property
+    def ids_known(self) -> bool: ...  #: whether `sid` and `fid` are there without reading every structure
 
     @property
     def sid(self) -> np.ndarray: ...
@@ -108,23 +113,25 @@ class ForeignDataset:
         self._source = source
         self.path = source.path
         sizes = _given_sizes(source)
+        numbers = range(len(source)) if sizes is None else _spread(len(source))
         with _one_at_a_time(source.path):
-            known = _cached(source, complete=sizes is None)
+            known = _kept(source, _SIZES, len(numbers))
             if known is None:
-                known = _scan(source, range(len(source)) if sizes is None else _spread(len(source)), progress)
-                _keep(source, known)
+                known = _scan(source, numbers, progress)
+                _keep(source, _SIZES, known)
         summary = Summary()
         summary.extend(known)
+        read = _columns(known)
         if sizes is None:
-            self._columns: dict[str, np.ndarray] | None = _columns(known)
-            self.num_atoms, self.num_edges = (self._columns[name] for name in ("natoms", "neighbors"))
+            self.num_atoms, self.num_edges = read["natoms"], read["neighbors"]
         else:
-            self._columns = None
             self.num_atoms, edges = sizes
             if edges is None:
-                read = _columns(known)
                 edges = np.rint(self.num_atoms * (read["neighbors"].sum() / read["natoms"].sum())).astype(np.int32)
             self.num_edges = edges
+        all_read = known if len(read["sid"]) == len(source) else _kept(source, _IDS, len(source))
+        self._ids = None if all_read is None else _ids_of(all_read)
+        self._progress = progress
         self.metadata: dict[str, Any] = {
             "num_samples": len(source),
             "shards": [{"name": file.name, "bytes": file.stat().st_size} for file in source.files],
@@ -138,30 +145,53 @@ class ForeignDataset:
     def __getitem__(self, i: int) -> Sample:
         return self._source[i]
 
-    @cached_property
-    def sid(self) -> np.ndarray:
-        """(S,) int64; reads every structure if only their sizes are known so far."""
-        return self._all_columns["sid"]
+    @property
+    def ids_known(self) -> bool:
+        """Whether `sid` and `fid` are there without reading every structure."""
+        return self._ids is not None
 
-    @cached_property
+    @property
+    def sid(self) -> np.ndarray:
+        """(S,) int64; reads every structure where ids are not known."""
+        return self._read_ids()["sid"]
+
+    @property
     def fid(self) -> np.ndarray:
-        """(S,) int64; reads every structure if only their sizes are known so far."""
-        return self._all_columns["fid"]
+        """(S,) int64; reads every structure where ids are not known."""
+        return self._read_ids()["fid"]
 
     def verify(self) -> None:
-        """Read every structure.
+        """Read every structure; ids are known then.
 
         Raises:
             ValueError: naming the first that cannot be used.
         """
-        for i in range(len(self)):
-            self[i]
+        read = _scan(self._source, range(len(self)), self._progress, edges=_not_counted)
+        if self._ids is None:
+            self._ids = _ids_of(read)
+            _keep(self._source, _IDS, {f"column_{name}": ids for name, ids in self._ids.items()})
 
-    @property
-    def _all_columns(self) -> dict[str, np.ndarray]:
-        if self._columns is None:
-            self._columns = _columns(_scan(self._source, range(len(self)), _silent, edges=lambda sample: 0))
-        return self._columns
+    def _read_ids(self) -> dict[str, np.ndarray]:
+        if self._ids is None:
+            with _one_at_a_time(self.path):
+                kept = _kept(self._source, _IDS, len(self))
+                if kept is None:
+                    self.verify()
+                else:
+                    self._ids = _ids_of(kept)
+        assert self._ids is not None
+        return self._ids
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_progress": _silent}  # what shows progress may hold a terminal
+
+
+def _ids_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: arrays[f"column_{name}"].astype(COLUMNS[name]) for name in ("sid", "fid")}
+
+
+def _not_counted(sample: Sample) -> int:
+    return 0
 
 
 def _columns(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -220,8 +250,19 @@ def _given_sizes(source: IndexedSource) -> tuple[np.ndarray, np.ndarray | None] 
     return atoms.astype(np.int32), None if edges is None else edges.astype(np.int32)
 
 
-def _cache_file(source: IndexedSource) -> Path:
-    return source.path / _CACHE if source.path.is_dir() else source.path.with_name(f"{source.path.name}.{_CACHE}")
+def _places(source: IndexedSource, name: str) -> list[Path]:
+    """Where something of this name is kept: beside the data, else in the user's cache directory."""
+    beside = source.path / name if source.path.is_dir() else source.path.with_name(f"{source.path.name}.{name}")
+    try:
+        key = hashlib.sha256(f"{source.path.resolve()} {_fingerprint(source)}".encode()).hexdigest()
+        return [beside, _cache_directory() / f"{key[:32]}.{name}"]
+    except RuntimeError:
+        return [beside]
+
+
+def _cache_directory() -> Path:
+    """Raises RuntimeError for a user without a home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "egnscale"
 
 
 def _fingerprint(source: IndexedSource) -> str:
@@ -230,38 +271,41 @@ def _fingerprint(source: IndexedSource) -> str:
     return hashlib.sha256(json.dumps([1, files]).encode()).hexdigest()
 
 
-def _cached(source: IndexedSource, complete: bool) -> dict[str, np.ndarray] | None:
-    """What an earlier reading has kept; of all structures, if `complete`."""
-    try:
-        with np.load(_cache_file(source), allow_pickle=False) as archive:
-            arrays = dict(archive)
-        if str(arrays.pop("fingerprint")) != _fingerprint(source):
-            return None
-        needed = len(source) if complete else len(_spread(len(source)))
-        return arrays if len(arrays["column_natoms"]) >= needed else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+def _kept(source: IndexedSource, name: str, count: int) -> dict[str, np.ndarray] | None:
+    """What an earlier reading of at least `count` structures has kept."""
+    for file in _places(source, name):
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            with np.load(file, allow_pickle=False) as archive:
+                arrays = dict(archive)
+            if str(arrays.pop("fingerprint")) == _fingerprint(source) and len(arrays["column_sid"]) >= count:
+                return arrays
+    return None
 
 
-def _keep(source: IndexedSource, arrays: dict[str, np.ndarray]) -> None:
-    """Write the cache, whole or not at all. A place that cannot be written to is no error."""
-    file = _cache_file(source)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as opened:
-            np.savez(opened, fingerprint=np.array(_fingerprint(source)), **arrays)  # type: ignore[arg-type]
-        os.rename(temporary, file)
-    except OSError:
+def _keep(source: IndexedSource, name: str, arrays: dict[str, np.ndarray]) -> None:
+    """Write it down, whole or not at all. That there is no place that can be written to is no error."""
+    for file in _places(source, name):
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            with replacing(file) as temporary:
+                np.savez(temporary, fingerprint=np.array(_fingerprint(source)), **arrays)  # type: ignore[arg-type]
+            return
 
 
 @contextlib.contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
     """The ranks of a run open their data at once: one reads the structures, the others wait for what it keeps."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # some file systems have no locks
-            descriptor = os.open(path if path.is_dir() else path.parent, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Some file systems have no locks, or none for those who may only read: then those of the cache directory.
+        with contextlib.suppress(OSError, RuntimeError):
+            try:
+                _lock(stack, path if path.is_dir() else path.parent)
+            except OSError:
+                _cache_directory().mkdir(parents=True, exist_ok=True)
+                _lock(stack, _cache_directory())
         yield
+
+
+def _lock(stack: contextlib.ExitStack, directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    stack.callback(os.close, descriptor)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -12,7 +12,6 @@ the same options goes on from there and ends with the same bytes, for any number
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -23,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from egnscale.data.building import claim, compare, lock, run_in_pool, write_atomically
+from egnscale.data.building import claim, compare, lock, run_in_pool
 from egnscale.data.emt_relax import MAX_ENERGY, MAX_FORCE, relax_system
 from egnscale.data.emt_systems import SPLITS, EmtOptions, Plan, System, plan_systems
+from egnscale.data.files import leftovers, replacing
 from egnscale.data.neighbors import count_edges
 from egnscale.data.record import decode_sample, encode_sample
 from egnscale.data.sample import Sample
@@ -74,7 +74,10 @@ def make_emt(
         for task in TASKS:
             shutil.rmtree(out / task, ignore_errors=True)
         report = _write_stores(out, folder, plan, options)
-        write_atomically(finished, json.dumps(report, indent=1).encode())
+        for left in leftovers(out):
+            left.unlink()
+        with replacing(finished) as temporary:
+            temporary.write_text(json.dumps(report, indent=1))
         shutil.rmtree(folder)
     return report | {"status": "made"}
 
@@ -108,10 +111,9 @@ def _relax_one(folder: Path, system: System, options: EmtOptions) -> None:
     result = relax_system(system, options)
     samples = [*result.frames, result.relaxed]
     records = [encode_sample(sample) for sample in samples]
-    temporary = folder / "systems" / f"{system.sid}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
+    with replacing(_system_file(folder, system.sid)) as temporary:
         np.savez(
-            file,
+            temporary,
             records=np.frombuffer(b"".join(records), dtype=np.uint8),
             ends=np.cumsum([len(record) for record in records]),
             edges=np.array([count_edges(sample) for sample in samples]),
@@ -119,9 +121,6 @@ def _relax_one(folder: Path, system: System, options: EmtOptions) -> None:
             attempts=result.attempts,
             converged=result.converged,
         )
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, _system_file(folder, system.sid))
 
 
 def _system_file(folder: Path, sid: int) -> Path:

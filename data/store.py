@@ -45,6 +45,7 @@ class Store:
     num_edges: np.ndarray  #: (S,) int32, edges of each structure's OC20 graph
     sid: np.ndarray  #: (S,) int64
     fid: np.ndarray  #: (S,) int64
+    ids_known = True  #: see `egnscale.data.dataset.Dataset`
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

@@ -18,6 +18,7 @@ from typing import Any
 import lmdb
 import numpy as np
 
+from egnscale.data.files import sync
 from egnscale.data.neighbors import count_edges
 from egnscale.data.record import encode_sample
 from egnscale.data.sample import Sample
@@ -260,15 +261,6 @@ def write_metadata(directory: Path, shards: list[dict[str, Any]], summary: Summa
     for name in ("metadata.npz", "metadata.json"):
         sync(directory / name)
     sync(directory)
-
-
-def sync(path: Path) -> None:
-    """Force a file, or the entries of a directory, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def digest(path: Path) -> str:

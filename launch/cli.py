@@ -99,7 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = str(error)
+        if text.startswith("Caught ") and "Original Traceback" in text:
+            # What torch makes of an error in a loader's process; its last line is the error.
+            text = text.strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+        text = " ".join(text.split()) or type(error).__name__
         if not isinstance(error, ValueError | OSError):
             text = f"{type(error).__name__}: {text} (--debug shows the traceback)"
         print(f"{_where(args.command)}: {text}", file=sys.stderr)

@@ -163,7 +163,8 @@ def _describe(store: Dataset) -> dict[str, Any]:
     statistics = store.metadata["statistics"]
     return {
         "structures": len(store),
-        "systems": len(np.unique(store.sid)),
+        # Where structures have to be read for it, all of them, this is not worth the time.
+        "systems": len(np.unique(store.sid)) if store.ids_known else None,
         "atoms": int(store.num_atoms.sum(dtype=np.int64)),
         "max_atoms": int(store.num_atoms.max()),
         "edges": int(store.num_edges.sum(dtype=np.int64)),
@@ -194,7 +195,7 @@ def _table(result: dict[str, Any]) -> Table:
         table.add_row(
             name,
             f"{store['structures']:,}",
-            f"{store['systems']:,}",
+            "-" if store["systems"] is None else f"{store['systems']:,}",
             f"{store['atoms']:,}",
             f"{store['edges']:,}",
             "-" if energy is None else f"{energy['mean']:.2f} ± {energy['std']:.2f}",

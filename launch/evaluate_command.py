@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from egnscale.scaling.layout import Mesh
 
     trained = load_trained(args.checkpoint)
+    _check_model(args, trained)
     world = start_world()
     with watched(world.rank, world.size, f"egnscale {args.command}"):
         mesh = Mesh.of_world(world.device, graph=args.graph)
@@ -129,9 +130,34 @@ def _check(args: argparse.Namespace, relaxed: bool) -> None:
     for name in ("reference", "reference_results", "reference_inputs"):
         if getattr(args, name) and args.task != "is2rs":
             raise ValueError(f"--{name.replace('_', '-')} is for --task is2rs")
-    if args.out is not None and not relaxed:
-        raise ValueError("--out keeps relaxations, and --task s2ef makes none; use --predictions")
+    for name in ("all_atoms", "workers", "full_precision"):
+        if getattr(args, name) and relaxed:
+            raise ValueError(f"--{name.replace('_', '-')} is for --task s2ef; leave it out")
+    if args.full_precision and args.predictions is None:
+        raise ValueError("--full-precision is for the forces in --predictions FILE; add it, or leave this out")
+    if not relaxed:
+        _check_no_relaxation(args, "--task s2ef")
     relax_options(args)
+
+
+def _check_model(args: argparse.Namespace, trained: TrainedModel) -> None:
+    """Arguments that do not go together with the model."""
+    if trained.model.config.forces != "none":
+        return
+    if args.task != "is2re":
+        raise ValueError(f"{trained.path}: the model predicts no forces; use --task is2re")
+    _check_no_relaxation(args, "a model without forces", but="dtype")
+
+
+def _check_no_relaxation(args: argparse.Namespace, what: str, but: str = "") -> None:
+    """Raises ValueError for arguments that say how to relax, where nothing is."""
+    if args.out is not None:
+        raise ValueError(f"--out keeps relaxations, and {what} makes none; use --predictions")
+    parser = argparse.ArgumentParser()
+    add_relaxation_arguments(parser, batch_size=False)
+    for name, default in vars(parser.parse_args([])).items():
+        if name != but and getattr(args, name) != default:
+            raise ValueError(f"--{name} is for relaxations, and {what} makes none; leave it out")
 
 
 def _evaluate(
@@ -144,19 +170,25 @@ def _evaluate(
     from egnscale.data.sampler import BalancedBatchSampler
     from egnscale.launch.evaluation import evaluate_s2ef
     from egnscale.launch.loading import make_loader, validation_splits
+    from egnscale.launch.relaxation_folder import names_of
     from egnscale.launch.s2ef_predictions import Recorder, predict_s2ef
 
     model = trained.model.to(mesh.device)
     results: Results = {}
     predictions: dict[str, Arrays] = {}
     quiet = args.json or mesh.rank > 0 or not sys.stderr.isatty()
+    splits = {}
+    for name, path in validation_splits(args.data).items():
+        store, labelled = _open(path, model.config.num_elements, args.predictions is not None)
+        count = len(store) if args.max_structures is None else min(args.max_structures, len(store))
+        if args.predictions is not None:
+            names_of(path, store.sid[:count], store.fid[:count])  # what the file calls them
+        splits[name] = (store, labelled, count)
     with Progress(console=Console(stderr=True), disable=quiet) as progress:
-        for name, path in validation_splits(args.data).items():
-            store, labelled = _open(path, model.config.num_elements, args.predictions is not None)
-            count = len(store) if args.max_structures is None else min(args.max_structures, len(store))
+        for name, (store, labelled, count) in splits.items():
             replicas = mesh.layout.data
             sampler = BalancedBatchSampler(store.num_edges[:count], batch_size, replicas, mesh.data_rank, shuffle=False)
-            loader = make_loader(store, sampler, model.config, mesh, args.workers)
+            loader = make_loader(store, sampler, model.config, mesh, args.workers, "s2ef" if labelled else None)
             observe = partial(_advance, progress, progress.add_task(name, total=count), replicas)
             recorder = Recorder(mesh, full_precision=args.full_precision)
             if labelled:
@@ -180,8 +212,7 @@ def _evaluate(
 
 def _open(path: Path, num_elements: int, unlabelled: bool) -> tuple[Dataset, bool]:
     """A store, and whether it has labels; if it must have them, the usual error where it has not."""
-    from egnscale.launch.loading import open_data, open_labelled
-    from egnscale.launch.relax_work import check_elements
+    from egnscale.launch.loading import check_elements, open_data, open_labelled
 
     if unlabelled:
         store = open_data(path)
@@ -197,9 +228,9 @@ def _evaluate_relaxed(
     """IS2RE or IS2RS metrics of each split that has labels, and predictions."""
     import torch
 
-    from egnscale.launch.loading import open_data, validation_splits
-    from egnscale.launch.reference import write_inputs
-    from egnscale.launch.relax_work import check_elements, settings_of
+    from egnscale.launch.loading import check_elements, open_data, validation_splits
+    from egnscale.launch.reference import check_sids, write_inputs
+    from egnscale.launch.relax_work import settings_of
     from egnscale.launch.relaxation import Potential
     from egnscale.launch.relaxed_evaluation import Split, evaluate_split, trivial_energy
     from egnscale.scaling.engine import once
@@ -210,7 +241,13 @@ def _evaluate_relaxed(
     predictions: dict[str, Arrays] = {}
     inputs: list[Sample] = []
     splits = []
-    for name, path in validation_splits(args.data, "is2re").items():
+    paths = validation_splits(args.data, "is2re")
+    # The training set beside a split, once for all splits beside it.
+    trivial = {
+        folder: trivial_energy(folder / "train", trained) if args.task == "is2re" else math.nan
+        for folder in dict.fromkeys(path.absolute().parent for path in paths.values())
+    }
+    for name, path in paths.items():
         store = open_data(path)
         check_elements(path, store, trained.model.config.num_elements)
         splits.append(
@@ -219,11 +256,13 @@ def _evaluate_relaxed(
                 store,
                 args.task,
                 reference=_reference(args, store),
-                energy_mean=trivial_energy(path, trained.normalizer.energy_mean),
+                energy_mean=trivial[path.absolute().parent],
                 max_structures=args.max_structures,
                 labels_needed=args.predictions is None and args.reference_inputs is None,
             )
         )
+    if args.reference_inputs is not None:
+        check_sids([sid for split in splits for sid in split.samples.sid.tolist()])
     for split in splits:
         done = evaluate_split(
             split,

@@ -45,7 +45,8 @@ def open_labelled(path: str | Path, num_elements: int, task: str = "s2ef") -> Da
     """Open a store, or OC20's LMDB files and their like, for training or evaluation.
 
     Raises:
-        ValueError: if it is empty, lacks what the task needs, or holds elements that the model does not know.
+        ValueError: if it is empty, lacks what the task needs, or holds elements that the model does not know. What
+            only some structures lack is found here where statistics count it, else by `PartCollate`.
     """
     store = open_data(path)
     if not len(store):
@@ -53,12 +54,30 @@ def open_labelled(path: str | Path, num_elements: int, task: str = "s2ef") -> Da
     sample = store[0]
     if missing := [label for label in LABELS[task] if getattr(sample, label) is None]:
         raise ValueError(f"{path}: structures have no {' and no '.join(missing)}, which {task} needs")
-    highest = max(store.metadata["statistics"]["elements"])
+    for label in LABELS[task]:
+        check_all_labelled(store, label, task)
+    check_elements(path, store, num_elements)
+    return store
+
+
+def check_all_labelled(store: Dataset, label: str, task: str) -> None:
+    """Raises ValueError if statistics count fewer labels than structures."""
+    counted = (store.metadata["statistics"].get(label) or {}).get("count")
+    among = (store.metadata.get("provenance") or {}).get("statistics_of", len(store))
+    if counted is not None and counted < among:
+        raise ValueError(
+            f"{store.path}: {among - counted} of {among} structures have no {label}, which {task} needs; "
+            "make a store without them"
+        )
+
+
+def check_elements(path: str | Path, store: Dataset, num_elements: int) -> None:
+    """Raises ValueError if a data set holds an element that the model does not know."""
+    highest = max(store.metadata["statistics"]["elements"], default=0)
     if highest > num_elements:
         raise ValueError(
             f"{path} holds atomic number {highest}; the model knows 1..{num_elements} (model.num_elements)"
         )
-    return store
 
 
 @dataclass(frozen=True)
@@ -69,13 +88,24 @@ class PartCollate:
         collate: makes the whole graph.
         parts: ranks that share it.
         part: this one, 0 .. parts - 1.
+        labels: what every sample must have.
+
+    Raises:
+        ValueError: when called, naming the first sample that lacks a label; and as `collate`.
     """
 
     collate: Collate
     parts: int = 1
     part: int = 0
+    labels: tuple[str, ...] = ()
 
     def __call__(self, samples: Sequence[Sample]) -> tuple[ExtendedGraph, AtomBatch]:
+        for sample in samples:
+            for label in self.labels:
+                if getattr(sample, label) is None:
+                    raise ValueError(
+                        f"{sample.name} has no {label}, unlike others of its data; make a store without it"
+                    )
         graph, batch = self.collate(samples)
         if self.parts == 1:
             return graph, batch
@@ -89,12 +119,19 @@ def make_loader(
     model: AtomModelConfig,
     mesh: Mesh,
     workers: int = 0,
+    task: str | None = None,
 ) -> DataLoader:
-    """Loader of (graph, batch) pairs; graphs, or this rank's part of each, are built in its workers."""
+    """Loader of (graph, batch) pairs; graphs, or this rank's part of each, are built in its workers.
+
+    Args:
+        task: whose labels every structure must have (None: none).
+    """
+    collate = Collate(graph_spec(model), model.num_elements)
+    labels = () if task is None else LABELS[task]
     return DataLoader(
         store,  # type: ignore[arg-type]
         batch_sampler=sampler,
-        collate_fn=PartCollate(Collate(graph_spec(model), model.num_elements), mesh.layout.graph, mesh.graph_rank),
+        collate_fn=PartCollate(collate, mesh.layout.graph, mesh.graph_rank, labels),
         num_workers=workers,
         pin_memory=mesh.device.type == "cuda",
     )
@@ -121,10 +158,10 @@ def validation_splits(path: Path, task: str = "s2ef") -> dict[str, Path]:
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    if path.is_file() or _is_data(path):
+    if path.is_file() or is_data(path):
         return {path.name: path}
     for root, kind in ((path, "val_"), (path / task, "val_"), (path, "test_"), (path / task, "test_")):
-        folders = [folder for folder in sorted(root.glob(f"{kind}*")) if folder.is_dir() and _is_data(folder)]
+        folders = [folder for folder in sorted(root.glob(f"{kind}*")) if folder.is_dir() and is_data(folder)]
         found = {folder.name: folder for folder in folders}
         if found:
             known = [name for name in (kind + split.removeprefix("val_") for split in SPLIT_ORDER) if name in found]
@@ -132,5 +169,6 @@ def validation_splits(path: Path, task: str = "s2ef") -> dict[str, Path]:
     raise ValueError(f"{path} is no store of egnscale, and holds no val_* stores")
 
 
-def _is_data(folder: Path) -> bool:
+def is_data(folder: Path) -> bool:
+    """Whether a directory is a store, or holds files that `open_data` may read."""
     return (folder / "metadata.json").is_file() or holds_sources(folder)

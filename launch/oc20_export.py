@@ -6,13 +6,13 @@ public order), configuration, normalisers, step. It holds plain data only: `torc
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from egnscale.data.files import replacing
 from egnscale.launch.oc20_settings import to_public_settings
 from egnscale.launch.run_files import load_trained
 from egnscale.launch.tasks import Normalizer
@@ -51,18 +51,11 @@ def export_oc20(checkpoint: Path, out: Path, *, layout: Layout = "v1", prefix: s
         "val_metrics": {},
         "amp": None,
     }
-    temporary = out.with_name(f".{out.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(out) as temporary, open(temporary, "wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, out)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # torch's writer, which does not say what the system said
-            raise OSError(f"{out} cannot be written: is the disk full? ({error})") from None
-        raise
+    except RuntimeError as error:  # torch's writer, which does not say what the system said
+        raise OSError(f"{out} cannot be written: is the disk full? ({error})") from None
     return {
         "path": str(out),
         "bytes": out.stat().st_size,

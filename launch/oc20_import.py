@@ -11,6 +11,7 @@ agree, and what egnscale cannot represent is refused by name. `docs/oc20-checkpo
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from egnscale.launch.oc20_targets import element_references, find_normalizer
 from egnscale.launch.run_files import RUN, WEIGHTS, run_record, write_tensors
 from egnscale.launch.tasks import Normalizer
 from egnscale.models import AtomModelConfig, build_model, count_parameters
-from egnscale.models.oc20_names import is_constant, to_our_name, to_public_name, without_alias
+from egnscale.models.oc20_names import is_constant, to_our_names, to_public_name, without_alias
 from egnscale.scaling.checkpoint import write_checkpoint
 
 
@@ -122,8 +123,16 @@ def interpret(file: Oc20File, options: Options | None = None) -> Oc20Model:
         raise
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from None
-    renamed = {**_renamed(weights, file.architecture), **_renamed(factors, file.architecture)}
-    tensors = {name: _plain(f"{file.path}: {name}", value, warnings) for name, value in renamed.items()}
+    tensors = {
+        name: _plain(f"{file.path}: {name}", value, warnings)
+        for name, value in to_our_names({**weights, **factors}).items()
+    }
+    energy_std, force_std = normalizer.energy_std, normalizer.force_std
+    if ours.forces == "conservative" and not math.isclose(energy_std, force_std, rel_tol=1e-6):
+        warnings.append(
+            f"forces are {force_std / energy_std:g} times the slope of the energy, as they are in the public code: "
+            f"the normaliser has {force_std:g} for forces and {energy_std:g} for energies"
+        )
     step = finite_number(file.data.get("step"))
     source = {
         "format": "oc20",
@@ -218,10 +227,6 @@ def _chosen_weights(file: Oc20File, named: Mapping[str, Tensor], choice: str) ->
             raise ValueError(f"the averaged weight in place of {name} has another shape; --weights model leaves it out")
         averaged[name] = average
     return averaged, "ema"
-
-
-def _renamed(public: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]:
-    return {to_our_name(name, architecture) or name: value for name, value in public.items()}
 
 
 def _plain(what: str, value: Tensor, warnings: list[str]) -> Tensor:

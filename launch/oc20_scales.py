@@ -14,7 +14,7 @@ from torch import Tensor
 
 from egnscale.launch.oc20_file import PREFIX, finite_number, short
 from egnscale.launch.torch_file import read_torch_file
-from egnscale.models.oc20_names import scale_factor_module, to_our_name
+from egnscale.models.oc20_names import is_ignored_site, scale_factor_module, to_our_name
 
 #: What names of scale factors end in, in a state dict.
 SCALE_FACTOR = ".scale_factor"
@@ -32,13 +32,14 @@ def scale_factors(
 ) -> dict[str, Tensor]:
     """{public name: ()} of every scale factor that a model has; the sources must agree.
 
-    Zero, and one (where the oldest code began), give way to another source.
+    Zero gives way to another source. So does one, where the oldest code began, but only if no factor of the state dict
+    is anything else: in a fitted model it may have been in force, since the public code ignores `IntBlock_*_sum`.
 
     Args:
         named: weights and scale factors by public name.
         scale_dict: {site or module: value}, of the checkpoint; may be anything, since it comes from there.
         scale_file: the same, as a file.
-        warnings: takes a line if factors are not fitted.
+        warnings: takes a line if factors are not fitted, or named as the public code does not know them.
 
     Raises:
         ValueError: for a factor that the model does not have, sources that disagree, or a value that makes no sense.
@@ -47,6 +48,7 @@ def scale_factors(
     sites = {f"{path}{SCALE_FACTOR}" for path in _sites(named)}
     values = {name: scalar(name, named[name]) for name in sites if name in named}
     said_by = dict.fromkeys(values, "state_dict")
+    initial = {0.0, 1.0} if set(values.values()) <= {0.0, 1.0} else {0.0}
     sources = []
     if isinstance(scale_dict, Tensor) or scale_dict:
         sources.append(("scale_dict", scale_dict))
@@ -57,18 +59,35 @@ def scale_factors(
             raise ValueError(f"{where} is no dictionary of scale factors")
         if not sites:
             raise ValueError(f"{where} has scale factors, but the model has none")
-        for name, value in given.items():
-            if name == "comment":
+        used, overruled = [], []
+        for site, value in given.items():
+            if site == "comment":
                 continue
-            path = scale_factor_module(PREFIX.sub("", name, count=1)) if isinstance(name, str) else None
+            path = scale_factor_module(PREFIX.sub("", site, count=1)) if isinstance(site, str) else None
             if path is None or f"{path}{SCALE_FACTOR}" not in sites:
-                raise ValueError(f"{where}: the model has no scale factor {short(name)}")
-            name, number = f"{path}{SCALE_FACTOR}", scalar(f"{where}: {name}", value)
-            before = values.get(name, 0.0)
-            if before not in (0.0, 1.0) and number != 0.0 and not math.isclose(before, number, rel_tol=1e-5):
-                raise ValueError(f"scale factor {path} is {before:g} in {said_by[name]}, but {number:g} in {where}")
-            if before in (0.0, 1.0) and number != 0.0:
+                raise ValueError(f"{where}: the model has no scale factor {short(site)}")
+            name, number = f"{path}{SCALE_FACTOR}", scalar(f"{where}: {site}", value)
+            before, source = values.get(name, 0.0), said_by.get(name)
+            ignored = is_ignored_site(PREFIX.sub("", site, count=1))
+            if number == 0.0:
+                continue
+            if before == 0.0 or (source == "state_dict" and before in initial):
                 values[name], said_by[name] = number, where
+                if ignored:
+                    used.append(site)
+            elif not math.isclose(before, number, rel_tol=1e-5):
+                if not (ignored and source == "state_dict"):
+                    raise ValueError(f"scale factor {path} is {before:g} in {source}, but {number:g} in {where}")
+                overruled.append(site)
+        if used:
+            warnings.append(
+                f"{', '.join(used)} of {where} were taken, which the public code ignores: there, these factors were one"
+            )
+        if overruled:
+            warnings.append(
+                f"{', '.join(overruled)} of {where} were not taken: the state dict has other numbers, and the public "
+                "code ignores these names"
+            )
     unfitted = sorted(name for name in sites if values.get(name, 0.0) == 0.0)
     if unfitted:
         warnings.append(

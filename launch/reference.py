@@ -7,6 +7,7 @@ structures from a directory (`write_inputs`) and whose results come back as one 
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from egnscale.data.files import replacing
 from egnscale.data.sample import Sample
-from egnscale.launch.atomic import replacing
 
 #: Results must be of the structure that was asked for: no atom farther from where it was, in A.
 SAME_STRUCTURE = 1e-3
@@ -44,17 +45,19 @@ def emt_forces(sample: Sample) -> np.ndarray | None:
 
 
 def write_inputs(directory: Path, samples: Sequence[Sample]) -> None:
-    """Write structures for a calculation elsewhere.
+    """Write structures for a calculation elsewhere, whose results are found by sid.
 
         DIRECTORY/structures.extxyz      all, with `sid` and fixed atoms (move_mask)
         DIRECTORY/index.csv              number, sid, atoms, formula, POSCAR
         DIRECTORY/poscar/SID/POSCAR      each, in VASP's format, atoms in the same order
 
     Raises:
+        ValueError: as `check_sids`.
         OSError: if a file cannot be written.
     """
     import ase.io
 
+    check_sids([sample.sid for sample in samples])
     everything, rows = [], []
     for number, sample in enumerate(samples):
         atoms = _bare(sample, constrained=True)
@@ -71,6 +74,16 @@ def write_inputs(directory: Path, samples: Sequence[Sample]) -> None:
         writer = csv.writer(file)
         writer.writerow(["number", "sid", "atoms", "formula", "poscar"])
         writer.writerows(rows)
+
+
+def check_sids(sids: Sequence[int]) -> None:
+    """Raises ValueError if two structures have the same sid."""
+    twice = [sid for sid, count in Counter(sids).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"two structures have sid {twice[0]}, by which their reference forces would be found; "
+            "write those of one split at a time, or give each structure a sid of its own"
+        )
 
 
 def read_results(path: Path) -> Reference:

@@ -77,17 +77,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from rich.console import Console
 
-    from egnscale.launch.relax_work import ids, read_structures, relax_into, settings_of
+    from egnscale.launch.relax_work import relax_into, settings_of
     from egnscale.launch.relaxation import NO_FORCES, Potential
     from egnscale.launch.relaxation_folder import RelaxationFolder, names_of, summary
     from egnscale.launch.run_files import load_trained
+    from egnscale.launch.structures import read_structures
     from egnscale.scaling.engine import start_world
     from egnscale.scaling.failure import watched
     from egnscale.scaling.layout import Mesh
 
     trained = load_trained(args.checkpoint)
     samples = read_structures(args.structures, trained.model.config.num_elements)
-    names = names_of(*ids(samples))
+    names = names_of(args.structures, samples.sid, samples.fid)
     world = start_world()
     device = _device(args.device, world.size, world.device)
     settings = settings_of(trained, options, args.dtype) | {
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
     with watched(world.rank, world.size, f"egnscale {args.command}"):
         potential = Potential.of(trained, device, getattr(torch, args.dtype))
-        if not potential.has_forces():
+        if not potential.has_forces:
             raise ValueError(f"{trained.path}: {NO_FORCES}")
         results = relax_into(
             folder,
@@ -108,6 +109,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             Mesh.of_world(world.device),
             batch_size=args.batch_size,
             trajectories=args.traj,
+            retry=True,
             quiet=args.json or not world.is_main,
         )
     report = {
@@ -121,6 +123,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         Console().print(_table(results, report["seconds"]))
         for name, reason in list(report["failed"].items())[:20]:
             print(f"failed: {name}: {reason}")
+        if report["failed"]:
+            print("the same command tries what failed again")
         print(f"{args.out}: relaxed.extxyz, relaxed_positions.npz" + ", trajectories" * args.traj)
     return report
 

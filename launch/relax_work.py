@@ -1,4 +1,4 @@
-"""What the commands that relax share: which structures, whose part, where the results go."""
+"""What the commands that relax share: whose part, and where the results go."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +14,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from egnscale.data.dataset import Dataset, ForeignDataset
-from egnscale.data.sample import Sample
-from egnscale.data.store import Store
-from egnscale.launch.loading import open_data
-from egnscale.launch.reference import read_atoms
 from egnscale.launch.relaxation import Potential, Relaxed, RelaxOptions, relax
 from egnscale.launch.relaxation_folder import RelaxationFolder
 from egnscale.launch.run_files import TrainedModel
+from egnscale.launch.structures import Structures
 from egnscale.scaling.engine import once
 from egnscale.scaling.layout import Mesh
 
@@ -36,63 +31,9 @@ def settings_of(trained: TrainedModel, options: RelaxOptions, dtype: str) -> dic
     return {"checkpoint": str(trained.path.resolve()), "dtype": dtype, **flat.pop("optimizer"), **flat}
 
 
-def read_structures(path: Path, num_elements: int) -> Sequence[Sample]:
-    """A data set, or the structures of a file that ASE reads.
-
-    A structure's sid is `info["sid"]` where all have different ones, else its number.
-
-    Raises:
-        ValueError: naming the first structure that makes no sense, holds an unknown element, or has constraints other
-            than fixed atoms.
-    """
-    if path.is_dir() or path.suffix in (".lmdb", ".aselmdb"):
-        store = open_data(path)
-        check_elements(path, store, num_elements)
-        return store  # type: ignore[return-value]
-    structures = read_atoms(path)
-    given = [atoms.info.get("sid") for atoms in structures]
-    own = all(str(sid).isdigit() for sid in given) and len(set(map(str, given))) == len(given)
-    samples = []
-    for number, atoms in enumerate(structures):
-        where = f"{path}: structure {number}"
-        others = [type(one).__name__ for one in atoms.constraints if type(one).__name__ != "FixAtoms"]
-        if others:
-            raise ValueError(f"{where} has the constraint {others[0]}; only FixAtoms can be kept, remove it")
-        if not len(atoms):
-            raise ValueError(f"{where} has no atoms")
-        sample = Sample.from_atoms(atoms, sid=int(given[number]) if own else number)
-        try:
-            sample.validate()
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        highest = int(sample.atomic_numbers.max())
-        if highest > num_elements:
-            raise ValueError(f"{where} holds atomic number {highest}; the model knows 1..{num_elements}")
-        samples.append(sample)
-    return samples
-
-
-def check_elements(path: Path, store: Dataset, num_elements: int) -> None:
-    """Raises ValueError if the store holds an element that the model does not know."""
-    highest = max(store.metadata["statistics"]["elements"])
-    if highest > num_elements:
-        raise ValueError(f"{path} holds atomic number {highest}; the model knows 1..{num_elements}")
-
-
-def ids(samples: Sequence[Sample]) -> tuple[list[int], list[int]]:
-    """sids and fids."""
-    if isinstance(samples, Store | ForeignDataset):
-        return samples.sid.tolist(), samples.fid.tolist()
-    return [sample.sid for sample in samples], [sample.fid for sample in samples]
-
-
-def share_of(samples: Sequence[Sample], mesh: Mesh, count: int) -> list[int]:
-    """Which of the first `count` structures this replica relaxes, large ones first; all have some of every size."""
-    if isinstance(samples, Store | ForeignDataset):
-        sizes = samples.num_atoms[:count].astype(np.int64)
-    else:
-        sizes = np.array([sample.num_atoms for sample in samples[:count]], dtype=np.int64)
-    order = np.argsort(-sizes, kind="stable")
+def share_of(samples: Structures, mesh: Mesh) -> list[int]:
+    """Which of the structures this replica relaxes, large ones first; all have some of every size."""
+    order = np.argsort(-samples.num_atoms.astype(np.int64), kind="stable")
     return order[mesh.data_rank :: mesh.layout.data].tolist()
 
 
@@ -115,7 +56,7 @@ class Patience:
 
 
 def relax_share(
-    samples: Sequence[Sample],
+    samples: Structures,
     share: Sequence[int],
     potential: Potential,
     options: RelaxOptions,
@@ -166,26 +107,36 @@ def relax_share(
 
 def relax_into(
     folder: RelaxationFolder,
-    samples: Sequence[Sample],
+    samples: Structures,
     potential: Potential,
     options: RelaxOptions,
     mesh: Mesh,
     *,
     batch_size: int,
     trajectories: bool = False,
+    retry: bool = False,
     quiet: bool = True,
     title: str = "relaxing",
 ) -> list[Relaxed]:
     """Relax what is not there yet, each replica a part; returns all results, on every rank. Collective.
 
+    Args:
+        retry: try again what failed, also where all was done.
+
     Raises:
         ValueError, OSError: as `RelaxationFolder.claim`, on every rank.
     """
-    once(folder.claim)
+
+    def claim() -> None:
+        folder.claim()
+        if retry:
+            folder.reopen(samples)
+
     patience = Patience()
     try:
+        once(claim)
         if not folder.finished:
-            share = share_of(samples, mesh, len(folder.names))
+            share = share_of(samples, mesh)
             missing = [index for index in share if folder.load(index, samples[index]) is None]
             for relaxed in relax_share(
                 samples,

@@ -35,6 +35,7 @@ from egnscale.launch.lbfgs import LBFGS, LBFGSOptions
 from egnscale.launch.loading import graph_spec
 from egnscale.launch.run_files import TrainedModel
 from egnscale.launch.tasks import Normalizer
+from egnscale.models import AtomModel
 
 Status = Literal["converged", "step limit", "failed"]
 
@@ -90,6 +91,14 @@ class Relaxed:
         return float(np.linalg.norm(self.forces[~self.sample.fixed], axis=1).max(initial=0.0))
 
 
+class Samples(Protocol):
+    """Structures by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Sample: ...
+
+
 class Evaluate(Protocol):
     """Structures -> energies (B,) in eV and forces (V, 3) in eV/A, float64 on the CPU. Called by several threads."""
 
@@ -104,7 +113,7 @@ class Potential:
         ValueError: when called, if the model predicts no forces or a structure holds an element that it does not know.
     """
 
-    model: nn.Module
+    model: AtomModel
     normalizer: Normalizer
     collate: Collate
     device: torch.device
@@ -131,17 +140,10 @@ class Potential:
         forces = None if prediction.forces is None else prediction.forces.detach().double().cpu()
         return prediction.energy.detach().double().cpu(), forces
 
+    @property
     def has_forces(self) -> bool:
-        """Whether the model predicts forces: tried on the smallest molecule there is."""
-        molecule = Sample(
-            atomic_numbers=np.array([1, 1]),
-            positions=np.array([[0.0, 0.0, 0.0], [0.74, 0.0, 0.0]]),
-            cell=np.zeros((3, 3)),
-            pbc=np.zeros(3, dtype=bool),
-            tags=np.zeros(2, dtype=np.int64),
-            fixed=np.zeros(2, dtype=bool),
-        )
-        return self.predict([molecule])[1] is not None
+        """Whether the model predicts forces."""
+        return self.model.config.forces != "none"
 
     @property
     def lanes(self) -> int:
@@ -163,7 +165,7 @@ def _width(model: nn.Module) -> int:
 
 
 def relax(
-    samples: Sequence[Sample],
+    samples: Samples,
     evaluate: Evaluate,
     options: RelaxOptions | None = None,
     *,
@@ -177,7 +179,7 @@ def relax(
     """Relax structures; each is yielded as soon as it is done.
 
     Args:
-        samples: anything with `samples[i]`; read one by one, when there is room.
+        samples: read one by one, when there is room.
         order: which of them, and in what order they are begun (None: all, as they come). Similar sizes together, and
             large ones first, waste the least.
         batch_size: structures under way at the same time, in all lanes together.
@@ -213,7 +215,7 @@ def relax(
 class _Queue:
     """Structures that wait, handed out to whoever asks."""
 
-    def __init__(self, samples: Sequence[Sample], order: Sequence[int]) -> None:
+    def __init__(self, samples: Samples, order: Sequence[int]) -> None:
         self._samples = samples
         self._order = deque(order)
         self._next: tuple[int, Sample] | None = None  # read, but not taken

@@ -11,7 +11,7 @@ Every file is written beside its place and renamed: whole or not there.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import shutil
 import zipfile
@@ -19,20 +19,20 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from egnscale.data.building import claim, compare, lock
+from egnscale.data.files import leftovers, replacing
 from egnscale.data.sample import Sample
-from egnscale.launch.atomic import replacing
-from egnscale.launch.relaxation import Relaxed
+from egnscale.launch.relaxation import Relaxed, Samples
 from egnscale.launch.submission import is2rs_predictions
 
 REPORT = "relax.json"
 POSITIONS = "relaxed_positions.npz"
 STRUCTURES = "relaxed.extxyz"
 TRAJECTORIES = "trajectories"
-_WORK = ".relax"
 
 
 class RelaxationFolder:
@@ -47,7 +47,8 @@ class RelaxationFolder:
     def __init__(self, path: Path, names: Sequence[str], settings: Mapping[str, Any]) -> None:
         self.path, self.names = path, names
         self.settings = json.loads(json.dumps({**settings, "structures": len(names)}))
-        self._lock: IO[str] | None = None
+        self._work = path / ".relax"
+        self._held = contextlib.ExitStack()
 
     @property
     def finished(self) -> bool:
@@ -63,36 +64,40 @@ class RelaxationFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"{self.path} is a file; choose another path")
-        work = self.path / _WORK
-        if self.finished:
-            report = json.loads((self.path / REPORT).read_text())
-            self._compare(report["settings"], "was made", "choose another path, or remove it")
+        if not self.finished:
+            if self.path.exists() and not self._work.exists() and any(self.path.iterdir()):
+                raise FileExistsError(f"{self.path} exists and holds no relaxations; choose another path")
+            self._enter()
             return
-        settings = work / "settings.json"
-        if settings.is_file():
-            self._compare(json.loads(settings.read_text()), "was begun", "go on with the same, or remove it")
-        elif self.path.exists() and any(item.name != _WORK for item in self.path.iterdir()):
-            raise FileExistsError(f"{self.path} exists and holds no relaxations; choose another path")
-        else:
-            with replacing(settings) as temporary:
-                temporary.write_text(json.dumps(self.settings, indent=1))
-        self._lock = open(work / "lock", "w")  # noqa: SIM115 - held open on purpose
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.release()
-            raise OSError(f"another process is relaxing into {self.path}; wait for it, or end it") from None
+        report = json.loads((self.path / REPORT).read_text())
+        compare(report["settings"], self.settings, f"{self.path} was made", "choose another path, or remove it")
+
+    def _enter(self) -> None:
+        self._work.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock(self._work, self.path, "relaxing into"))
+            claim(self._work, self.settings, self.path)
+            self._held = stack.pop_all()
+
+    def reopen(self, samples: Samples) -> None:
+        """Let what failed in a finished directory be tried again; the others are kept. By one process, after `claim`.
+
+        Raises:
+            ValueError: as `read`.
+            OSError: if another process is at work here.
+        """
+        if not self.finished or not json.loads((self.path / REPORT).read_text())["failed"]:
+            return
+        self._enter()
+        for relaxed in self.read(samples):
+            if relaxed.status != "failed":
+                self.save(relaxed)
+        # Until here it was finished, from here on it is begun: killed in between, the next one finds the one or other.
+        (self.path / REPORT).unlink()
 
     def release(self) -> None:
         """Let others in."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-
-    def _compare(self, there: Mapping[str, Any], what: str, advice: str) -> None:
-        for name, value in self.settings.items():
-            if there.get(name) != value:
-                raise ValueError(f"{self.path} {what} with {name} {there.get(name)}, not {value}; {advice}")
+        self._held.close()
 
     def save(self, relaxed: Relaxed) -> None:
         """Keep a finished structure, and its trajectory if it has one."""
@@ -118,9 +123,9 @@ class RelaxationFolder:
         return _relaxed(index, sample, arrays)
 
     def _file(self, index: int) -> Path:
-        return self.path / _WORK / "structures" / f"{self.names[index]}.npz"
+        return self._work / "structures" / f"{self.names[index]}.npz"
 
-    def finish(self, samples: Sequence[Sample]) -> None:
+    def finish(self, samples: Samples) -> None:
         """Write everything down in the order of the input. By one process, when all structures were saved.
 
         Raises:
@@ -150,12 +155,14 @@ class RelaxationFolder:
             np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
         with replacing(self.path / STRUCTURES) as temporary:
             ase.io.write(temporary, [to_atoms(relaxed) for relaxed in ordered], format="extxyz")
+        for left in (*leftovers(self.path / TRAJECTORIES), *leftovers(self.path)):  # by processes that were killed
+            left.unlink()
         report = {"settings": self.settings, **summary(ordered, self.names)}
         with replacing(self.path / REPORT) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n")
-        shutil.rmtree(self.path / _WORK, ignore_errors=True)
+        shutil.rmtree(self._work, ignore_errors=True)
 
-    def read(self, samples: Sequence[Sample]) -> list[Relaxed]:
+    def read(self, samples: Samples) -> list[Relaxed]:
         """What a finished directory holds, given the structures that it was made from.
 
         Raises:
@@ -179,18 +186,21 @@ class RelaxationFolder:
         return results
 
 
-def names_of(sids: Sequence[int], fids: Sequence[int]) -> list[str]:
-    """What the files of structures are called: their sid, or sid_fid where a system has several frames.
+def names_of(where: Path, sids: np.ndarray, fids: np.ndarray) -> list[str]:
+    """What structures are called in files: their sid, or sid_fid where a system has several frames.
+
+    Args:
+        where: what an error message begins with.
 
     Raises:
         ValueError: if two structures have the same of both.
     """
-    names = [str(sid) for sid in sids]
+    names = [str(sid) for sid in sids.tolist()]
     if len(set(names)) < len(names):
-        names = [f"{sid}_{fid}" for sid, fid in zip(sids, fids, strict=True)]
+        names = [f"{sid}_{fid}" for sid, fid in zip(sids.tolist(), fids.tolist(), strict=True)]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise ValueError(f"two structures are called {twice[0]} (sid_fid), so their files would be the same")
+        raise ValueError(f"{where}: two structures are called {twice[0]} (sid_fid); give each ids of its own")
     return names
 
 

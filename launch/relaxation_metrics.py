@@ -174,7 +174,8 @@ class IS2RSMetrics(_Sums):
         "converged",
         "failed",
         "steps",
-        "components",  # of positions of free atoms
+        "compared",  # with a relaxed structure
+        "components",  # of positions of free atoms of these
         *(f"{which}{name}" for which in ("", "initial_") for name in ("distance", "absolute", "squared")),
         *(f"{which}{name}" for which in ("", "initial_") for name in ("judged", "missing", "below", "force")),
     )
@@ -182,7 +183,7 @@ class IS2RSMetrics(_Sums):
     def update(
         self,
         predicted: np.ndarray,
-        target: np.ndarray,
+        target: np.ndarray | None,
         initial: np.ndarray,
         cell: np.ndarray,
         pbc: np.ndarray,
@@ -195,11 +196,15 @@ class IS2RSMetrics(_Sums):
         """Add a structure.
 
         Args:
-            predicted, target, initial: (N, 3) A, the relaxed structure as predicted and as it is, and where both began
+            predicted, target, initial: (N, 3) A, the relaxed structure as predicted and as it is (None: not known), and
+                where both began
             cell, pbc: as for `nearest_image`
             free: (N,) bool
         """
-        self._add(structures=1, steps=steps, converged=converged, failed=failed, components=3 * int(free.sum()))
+        self._add(structures=1, steps=steps, converged=converged, failed=failed)
+        if target is None:
+            return
+        self._add(compared=1, components=3 * int(free.sum()))
         for which, positions in (("", predicted), ("initial_", initial)):
             error = (positions - target)[free]  # without periodic images, as OC20 has it
             self._add(
@@ -226,12 +231,13 @@ class IS2RSMetrics(_Sums):
     def compute(self) -> dict[str, float]:
         """adwt, fbt, afbt [fractions], positions_mae [A], positions_mse [A^2], forces_missing [count], each also with
         `_initial` for the structures that were not relaxed; steps [mean]; structures, converged, failed [counts]. NaN
-        where there was nothing to average over: fbt and afbt without reference forces."""
+        where there was nothing to average over: fbt and afbt without reference forces, the others without relaxed
+        structures."""
         result = {name: self._sums[name] for name in ("structures", "converged", "failed")}
         result["steps"] = self._mean("steps", "structures")
         for which, suffix in (("", ""), ("initial_", "_initial")):
             result |= {
-                f"adwt{suffix}": self._mean(f"{which}distance", "structures"),
+                f"adwt{suffix}": self._mean(f"{which}distance", "compared"),
                 f"fbt{suffix}": self._mean(f"{which}below", f"{which}judged"),
                 f"afbt{suffix}": self._mean(f"{which}force", f"{which}judged"),
                 f"positions_mae{suffix}": self._mean(f"{which}absolute", "components"),

@@ -7,7 +7,8 @@ written to a directory, the other task, or the same again, finds it there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,35 +17,19 @@ import numpy as np
 
 from egnscale.data.dataset import Dataset
 from egnscale.data.sample import Sample
-from egnscale.data.store import Store
+from egnscale.launch.loading import check_all_labelled, is_data, open_data
 from egnscale.launch.reference import Reference
-from egnscale.launch.relax_work import Patience, ids, relax_into, relax_share, share_of
-from egnscale.launch.relaxation import Potential, Relaxed, RelaxOptions
+from egnscale.launch.relax_work import Patience, relax_into, relax_share, share_of
+from egnscale.launch.relaxation import NO_FORCES, Potential, Relaxed, RelaxOptions
 from egnscale.launch.relaxation_folder import RelaxationFolder, names_of
 from egnscale.launch.relaxation_metrics import IS2REMetrics, IS2RSMetrics
+from egnscale.launch.run_files import TrainedModel
+from egnscale.launch.structures import First
 from egnscale.launch.submission import Arrays, is2re_predictions, is2rs_predictions
 from egnscale.scaling.engine import gather_over_ranks
 from egnscale.scaling.layout import Mesh
 
 RelaxedTask = Literal["is2re", "is2rs"]
-
-
-class First(Sequence[Sample]):
-    """The first structures of a store."""
-
-    def __init__(self, store: Dataset, count: int | None) -> None:
-        self.store = store
-        self._length = len(store) if count is None else min(count, len(store))
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self.store[i] for i in range(*index.indices(self._length))]
-        if not 0 <= index < self._length:
-            raise IndexError(index)
-        return self.store[index]
 
 
 @dataclass(frozen=True)
@@ -55,8 +40,8 @@ class Split:
     samples: First
     task: RelaxedTask
     reference: Reference | None  #: of forces at predicted structures, for is2rs
-    energy_mean: float  #: eV, what the trivial guess predicts, for is2re
-    labelled: bool  #: whether there is anything to compare with
+    energy_mean: float  #: eV, what the trivial guess predicts, for is2re; NaN: not known
+    labelled: bool  #: whether structures have what the task compares with
 
     @classmethod
     def of(
@@ -70,27 +55,38 @@ class Split:
         max_structures: int | None = None,
         labels_needed: bool = True,
     ) -> Split:
-        """Raises ValueError if the store is not of this task and labels are needed."""
+        """Raises ValueError if the store is not of this task and labels are needed, which reference forces replace."""
         samples = First(store, max_structures)
         if not len(samples):
             raise ValueError(f"{store.path} holds no structures")
         field = "energy_relaxed" if task == "is2re" else "positions_relaxed"
         labelled = getattr(samples[0], field) is not None
-        if labels_needed and not labelled:
+        if labels_needed and not labelled and reference is None:
+            forces = ", --reference or --reference-results judges forces without it" if task == "is2rs" else ""
             raise ValueError(
                 f"{store.path}: structures have no {field}, which {task} needs; --predictions FILE writes predictions "
-                "of structures that are not labelled"
+                f"of structures that are not labelled{forces}"
             )
+        if labelled:
+            check_all_labelled(store, field, task)
         return cls(name, samples, task, reference, energy_mean, labelled)
 
 
-def trivial_energy(path: Path, fallback: float) -> float:
-    """Mean relaxed energy (eV) of the training set beside a store (`train`), or the fallback where there is none."""
-    train = path.parent / "train"
-    if not (train / "metadata.json").is_file():
-        return fallback
-    statistics = Store(train).metadata["statistics"].get("energy_relaxed")
-    return fallback if statistics is None else statistics["mean"]
+def trivial_energy(train: Path, trained: TrainedModel) -> float:
+    """Mean relaxed energy (eV) of a training set.
+
+    Without one at `train` that can be used, that of the checkpoint's own, where it learnt such energies; else NaN.
+    """
+    if train.is_dir() and is_data(train):
+        # Evaluation does not need it, so what cannot be opened is as good as not there.
+        with contextlib.suppress(ValueError, OSError):
+            statistics = open_data(train).metadata["statistics"].get("energy_relaxed")
+            if statistics is not None:
+                return statistics["mean"]
+    task = trained.run.get("config", {}).get("task", {})
+    # A normalizer that was given, or came with the weights of another run, need not be of relaxed energies.
+    own = task.get("name") == "is2re" and task.get("normalizer") == "auto" and task.get("init_from") is None
+    return trained.normalizer.energy_mean if own else math.nan
 
 
 @dataclass(frozen=True)
@@ -122,13 +118,10 @@ def evaluate_split(
     Raises:
         ValueError: for is2rs with a model without forces; and as `RelaxationFolder`.
     """
-    has_forces = potential.has_forces()
-    if not has_forces and split.task == "is2rs":
-        raise ValueError(
-            "the model predicts no forces, so it cannot relax a structure; --task is2re predicts its energy"
-        )
-    share = share_of(split.samples, mesh, len(split.samples))
-    if not has_forces:
+    if not potential.has_forces and split.task == "is2rs":
+        raise ValueError(NO_FORCES)
+    share = share_of(split.samples, mesh)
+    if not potential.has_forces:
         return _direct(split, potential, mesh, share, batch_size)
     if out is None:
         patience = Patience()
@@ -138,7 +131,9 @@ def evaluate_split(
         patience.wait()
         everywhere = [relaxed for part in gather_over_ranks(results) for relaxed in part]
     else:
-        folder = RelaxationFolder(out, names_of(*_ids(split.samples)), settings or {})
+        folder = RelaxationFolder(
+            out, names_of(split.samples.store.path, split.samples.sid, split.samples.fid), settings or {}
+        )
         everywhere = relax_into(
             folder, split.samples, potential, options, mesh, batch_size=batch_size, quiet=quiet, title=split.name
         )
@@ -154,11 +149,6 @@ def evaluate_split(
         metrics = _is2rs(split, results, mesh)
     structures = [replace(relaxed.sample, positions=relaxed.positions) for relaxed in everywhere]
     return Evaluated(metrics, predictions, structures)
-
-
-def _ids(samples: First) -> tuple[list[int], list[int]]:
-    sids, fids = ids(samples.store)  # type: ignore[arg-type]
-    return sids[: len(samples)], fids[: len(samples)]
 
 
 def _direct(split: Split, potential: Potential, mesh: Mesh, share: list[int], batch_size: int) -> Evaluated:
@@ -187,7 +177,7 @@ def _is2re(split: Split, results: list[tuple[Sample, float | None]], mesh: Mesh)
 
 
 def _is2rs(split: Split, results: list[Relaxed], mesh: Mesh) -> dict[str, float]:
-    if not split.labelled:
+    if not split.labelled and split.reference is None:
         return {}
     metrics = IS2RSMetrics()
     for relaxed in results:
@@ -195,7 +185,7 @@ def _is2rs(split: Split, results: list[Relaxed], mesh: Mesh) -> dict[str, float]
         free = ~sample.fixed
         metrics.update(
             relaxed.positions,
-            _label(sample.positions_relaxed, sample),
+            _label(sample.positions_relaxed, sample) if split.labelled else None,
             sample.positions,
             sample.cell,
             sample.pbc,

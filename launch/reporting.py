@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from egnscale.data.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch.utils.tensorboard import SummaryWriter
@@ -34,6 +35,8 @@ EVAL_LOG = "eval.csv"
 EXCHANGE_LOG = "exchanges.csv"
 PLOT = "training.png"
 TENSORBOARD = "tensorboard"
+#: Seconds of reading after which something is said of it.
+LONG = 10.0
 
 
 class RunLog:
@@ -105,14 +108,12 @@ class _CsvLog:
         if path.exists():
             self.header, rows = _read_rows(path)
             # Through a temporary file and a rename: a process killed here leaves the old log or the new one.
-            rewritten = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            with rewritten.open("w", newline="", encoding="utf-8") as file:
+            with replacing(path) as rewritten, rewritten.open("w", newline="", encoding="utf-8") as file:
                 kept = [row for row in rows if int(float(row[self.header.index("step")])) <= resume_step]
                 if kept:
                     csv.writer(file).writerows([self.header, *kept])
                 else:
                     self.header = []
-            os.replace(rewritten, path)
         self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file)
 
@@ -195,9 +196,8 @@ def plot_training(directory: Path | str) -> Path:
         lines, splits = energy.get_legend_handles_labels()
         figure.legend(lines, splits, loc="outside lower center", ncols=len(splits), frameon=False)
     path = directory / PLOT
-    rewritten = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    figure.savefig(rewritten, dpi=150)
-    os.replace(rewritten, path)
+    with replacing(path) as rewritten:
+        figure.savefig(rewritten, dpi=150)
     return path
 
 
@@ -337,15 +337,26 @@ def _clock(seconds: float) -> str:
 
 @contextmanager
 def show_reading(path: str | Path) -> Iterator[Callable[[int, int], None]]:
-    """Progress of reading structures once: a line on standard error, if that is a terminal."""
-    shown = False
+    """Progress of reading structures once, on standard error: a live line on a terminal, else one line if it is long.
+
+    What is yielded may be called later, too.
+    """
+    began, said, open_line = time.monotonic(), False, False
 
     def show(done: int, total: int) -> None:
-        nonlocal shown
+        nonlocal began, said, open_line
+        if done == 0:
+            began, said = time.monotonic(), False
+        count = f"{path}: {done:,} of {total:,} structures read"
         if sys.stderr.isatty():
-            shown = True
-            print(f"\rsizes of {path}: {done:,} of {total:,} structures read", end="", file=sys.stderr, flush=True)
+            open_line = done < total
+            print(f"\r{count}", end="" if open_line else "\n", file=sys.stderr, flush=True)
+        elif not said and done < total and time.monotonic() - began > LONG:
+            said = True
+            print(f"{count} in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
-    yield show
-    if shown:
-        print(file=sys.stderr)
+    try:
+        yield show
+    finally:
+        if open_line:
+            print(file=sys.stderr)

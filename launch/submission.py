@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from egnscale.launch.atomic import replacing
+from egnscale.data.files import replacing
 
 Arrays = dict[str, np.ndarray]
 

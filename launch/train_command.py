@@ -45,9 +45,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if world.is_main and not args.json:
         from rich.console import Console
 
-        from egnscale.launch.reporting import s2ef_table
+        from egnscale.launch.relaxation_tables import task_table
 
         console = Console()
-        console.print(s2ef_table(result["evaluations"]))
+        console.print(task_table(config.task.name, result["evaluations"]))
         console.print(f"checkpoints, logs and training.png are in {result['output']}", highlight=False)
     return result

@@ -477,7 +477,7 @@ class Trainer:
 
     def _loader(self, store: Any, sampler: BalancedBatchSampler, workers: int | None = None) -> Any:
         workers = self.config.data.workers if workers is None else workers
-        return make_loader(store, sampler, self.model_config, self.mesh, workers)
+        return make_loader(store, sampler, self.model_config, self.mesh, workers, self.config.task.name)
 
     def _train_step(self, batches: Iterator[tuple[ExtendedGraph, AtomBatch]]) -> StepSums:
         """One optimizer step."""

@@ -116,7 +116,7 @@ class ChebyshevSeries:
 
     def __init__(self, coefficients: Tensor) -> None:
         """Of `coefficients` (K, F), float64 on the CPU: K terms of F functions."""
-        self._of_order = [coefficients]
+        self._coefficients = coefficients
         self._cached: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -125,9 +125,11 @@ class ChebyshevSeries:
     def values(self, x: Tensor, order: int) -> Tensor:
         """The derivative of some order at x."""
         if (key := (order, x.dtype, x.device)) not in self._cached:
-            while len(self._of_order) <= order:
-                self._of_order.append(2 * _derivative(self._of_order[-1]))  # 2: from [0, 1] to [-1, 1]
-            self._cached[key] = self._of_order[order].to(x.device, x.dtype)
+            # From the beginning, so that threads share nothing that is half done: two may find the same.
+            coefficients = self._coefficients
+            for _ in range(order):
+                coefficients = 2 * _derivative(coefficients)  # 2: from [0, 1] to [-1, 1]
+            self._cached[key] = coefficients.to(x.device, x.dtype)
         coefficients = self._cached[key]
         angle = torch.arccos((2 * x - 1).clamp(-1, 1))
         return (

@@ -117,7 +117,6 @@ class InteractionBlock(nn.Module):
     def __init__(self, config: DimeNetConfig) -> None:
         super().__init__()
         hidden, inner, basis = config.hidden_channels, config.int_emb_size, config.basis_emb_size
-        self.num_spherical = config.num_spherical
         self.lin_rbf1 = Linear(config.num_radial, basis, bias=False)
         self.lin_rbf2 = Linear(basis, hidden, bias=False)
         self.lin_sbf1 = Linear(config.num_spherical * config.num_radial, basis, bias=False)

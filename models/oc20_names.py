@@ -106,15 +106,16 @@ _TELLTALE = {
     "gemnet_t": re.compile(r"int_blocks\.0\.trip_interaction\.mlp_cbf\.weight|mlp_cbf3\.weight"),
     "dimenetplusplus": re.compile(r"interaction_blocks\.0\.lin_sbf1\.weight|emb\.emb\.weight"),
 }
-#: Sites of scale factors as the public files name them, and the modules they mean. The file published with GemNet-XL
-#: has the older name of the last one, which the public code passes over in silence.
+#: The file published with GemNet-XL has this older name of a site, which the public code passes over in silence.
+_IGNORED_SITE = "IntBlock_{n+1}_sum"
+#: Sites of scale factors as the public files name them, and the modules they mean.
 _SITES = (
     ("TripInteraction_{n+1}_had_rbf", "int_blocks.{n}.trip_interaction.scale_rbf"),
     ("TripInteraction_{n+1}_sum_cbf", "int_blocks.{n}.trip_interaction.scale_cbf_sum"),
     ("OutBlock_{n}_sum", "out_blocks.{n}.scale_sum"),
     ("OutBlock_{n}_had", "out_blocks.{n}.scale_rbf_F"),
     ("AtomUpdate_{n+1}_sum", "int_blocks.{n}.atom_update.scale_sum"),
-    ("IntBlock_{n+1}_sum", "int_blocks.{n}.atom_update.scale_sum"),
+    (_IGNORED_SITE, "int_blocks.{n}.atom_update.scale_sum"),
 )
 _CONSTANT = re.compile(r"(cbf_basis3\.)?radial_basis\.rbf\.offset")
 _ALIAS = re.compile(r"(out_blocks\.\d+\.)seq_energy\.(.+)")
@@ -200,6 +201,11 @@ def scale_factor_module(site: str) -> str | None:
     if to_our_name(f"{path}.scale_factor", "gemnet_t") is not None:
         return path
     return _translate(site, _SITES)
+
+
+def is_ignored_site(site: str) -> bool:
+    """Whether a name in a file of scale factors is one that the public code passes over in silence."""
+    return _parse(_IGNORED_SITE, site) is not None
 
 
 def public_order(public: str, architecture: str) -> tuple[int, ...]:

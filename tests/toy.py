@@ -92,3 +92,10 @@ parallel: {{zero: 0}}
 def write_config(path: Path, data: Path, output: Path) -> Path:
     path.write_text(CONFIG.format(data=data, output=output))
     return path
+
+
+def energies_only(data: Path, output: Path) -> list[str]:
+    """Arguments of `egnscale train` for a model without forces, of data/is2re."""
+    config = write_config(output.with_suffix(".yaml"), data, output)
+    task = ["task.name=is2re", f"data.train={data}/is2re/train", f"data.val={data}/is2re", "optim.max_steps=4"]
+    return ["train", str(config), *task, "data.workers=0", "--json"]

@@ -27,7 +27,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for sample in samples(7, seed=3)
     ]
-    write_store(root / "data" / "is2re" / "val_id", made, provenance={"calculator": "EMT"})
+    for split, some in (("train", made[:3]), ("val_id", made)):
+        write_store(root / "data" / "is2re" / split, some, provenance={"calculator": "EMT"})
     return root
 
 

@@ -144,6 +144,29 @@ def unlabelled(place: Path) -> None:
     write_store(place / "plain", [replace(labelled(slab()), energy=None, forces=None)])
 
 
+def partly(*names: str) -> Callable[[Path], None]:
+    """A store whose second structure lacks labels."""
+
+    def spoil(place: Path) -> None:
+        made = [labelled(slab(seed=number), sid=number) for number in range(4)]
+        made[1] = replace(made[1], **dict.fromkeys(names))
+        write_store(place / "partly", made)
+
+    return spoil
+
+
+def evaluate_partly(*more: str) -> Callable[[Path], list[str]]:
+    return lambda place: ["evaluate", f"{place}/run", f"{place}/partly", *more]
+
+
+def train_partly(*more: str) -> Callable[[Path], list[str]]:
+    return lambda place: train(f"data.train={place}/partly", "optim.max_steps=4", *more)(place)
+
+
+def equal_ids(place: Path) -> None:
+    write_store(place / "equal", [labelled(slab(seed=seed), sid=7, fid=2) for seed in (1, 2)])
+
+
 CASES: dict[str, tuple[Callable[[Path], None], Callable[[Path], list[str]], str]] = {
     # the configuration
     "missing file": (nothing, lambda place: ["train", f"{place}/none.yaml"], "none.yaml"),
@@ -201,6 +224,37 @@ CASES: dict[str, tuple[Callable[[Path], None], Callable[[Path], list[str]], str]
     "damaged columns": (truncate("data/s2ef/train/metadata.npz"), train(), "metadata.npz"),
     "unknown element": (nothing, train("model.num_elements=10"), "num_elements"),
     "no labels": (unlabelled, lambda place: ["evaluate", f"{place}/run", f"{place}/plain"], "no energy and no forces"),
+    "some energies": (
+        partly("energy", "forces"),
+        evaluate_partly(),
+        "partly: 1 of 4 structures have no energy, which s2ef needs; make a store without them",
+    ),
+    "some energies, predictions": (partly("energy"), evaluate_partly("--predictions", "x.npz"), "1 of 4 structures"),
+    "some energies, training": (partly("energy"), train_partly(), "1 of 4 structures have no energy"),
+    "some relaxed energies": (
+        lambda place: write_store(
+            place / "partly", [replace(labelled(slab(), sid=i), energy_relaxed=[1.0, None][i]) for i in range(2)]
+        ),
+        evaluate_partly("--task", "is2re"),
+        "1 of 2 structures have no energy_relaxed, which is2re needs",
+    ),
+    "some forces": (partly("forces"), evaluate_partly(), "sid 1 fid 0 has no forces, unlike others"),
+    "some forces, workers": (
+        partly("forces"),
+        evaluate_partly("--workers", "1"),
+        "evaluate: sid 1 fid 0 has no forces",
+    ),
+    "some forces, training": (partly("forces"), train_partly(), "sid 1 fid 0 has no forces, unlike others"),
+    "some forces, predictions": (
+        partly("forces"),
+        evaluate_partly("--predictions", "x.npz"),
+        "sid 1 fid 0 has no forces",
+    ),
+    "equal ids": (
+        equal_ids,
+        lambda place: ["evaluate", f"{place}/run", f"{place}/equal", "--predictions", f"{place}/x.npz"],
+        "equal: two structures are called 7_2 (sid_fid)",
+    ),
     "no store": (nothing, lambda place: ["data", "info", f"{place}/run"], "run"),
     # the run
     "existing run": (nothing, lambda place: ["train", f"{place}/config.yaml"], "--resume"),
@@ -244,6 +298,17 @@ CASES: dict[str, tuple[Callable[[Path], None], Callable[[Path], list[str]], str]
         evaluate_with("--task", "is2rs", "--reference", "emt", "--reference-results", "x.traj"),
         "give one",
     ),
+    "steps of s2ef": (nothing, evaluate_with("--steps", "9"), "--steps is for relaxations"),
+    "fmax of s2ef": (nothing, evaluate_with("--fmax", "0.1"), "--fmax is for relaxations"),
+    "dtype of s2ef": (nothing, evaluate_with("--dtype", "float64"), "--dtype is for relaxations"),
+    "all atoms of is2re": (nothing, evaluate_with("--task", "is2re", "--all-atoms"), "--all-atoms is for --task s2ef"),
+    "workers of is2rs": (nothing, evaluate_with("--task", "is2rs", "--workers", "2"), "--workers is for --task s2ef"),
+    "precision of is2rs": (
+        nothing,
+        evaluate_with("--task", "is2rs", "--full-precision", "--predictions", "x.npz"),
+        "--full-precision is for --task s2ef",
+    ),
+    "precision of nothing": (nothing, evaluate_with("--full-precision"), "--full-precision is for the forces in"),
     "no results": (nothing, evaluate_with("--task", "is2rs", "--reference-results", "x.traj"), "x.traj does not exist"),
     "shared graphs": (nothing, evaluate_with("--task", "is2rs", "--graph", "2"), "--graph"),
     "no relaxed structures": (nothing, evaluate_with("--task", "is2rs"), "positions_relaxed"),
@@ -293,7 +358,7 @@ def test_one_clear_line(case: str, place: Path, capfd: pytest.CaptureFixture[str
     assert "--debug shows" not in lines[0], f"an error of the program, not of its user: {lines[0]}"
     assert not out.strip()
     after = fingerprint(place)
-    if case == "NaN loss":
+    if case in ("NaN loss", "some forces, training"):
         # It had begun to train: what it wrote stays, and holds no checkpoint.
         after = {name: digest for name, digest in after.items() if not name.startswith("new/")}
         assert not list(place.glob("new/checkpoints/step_*"))

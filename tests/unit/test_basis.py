@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from scipy.special import spherical_jn
 
-from egnscale.models.basis import BesselBasis, SineBasis, bessel_zeros, dimenet_envelope
+from egnscale.models import basis
+from egnscale.models.basis import BesselBasis, SineBasis, bessel_series, bessel_zeros, dimenet_envelope
 
 DISTANCES = torch.cat([torch.tensor([0.01, 0.3]), torch.linspace(0.6, 5.99, 50)]).double()
 
@@ -45,6 +48,25 @@ def test_bessel_basis(num_spherical: int, num_radial: int, dtype: torch.dtype, t
     # Relative to the largest value that each function can have there; towards the cutoff the envelope cancels.
     scale = np.abs(wanted(num_spherical, num_radial, np.linspace(1e-3, 1, 500))).max(0)
     assert (np.abs(found - expected) / (scale * envelope.clip(min=1))).max() < tolerance
+
+
+def test_threads_share_no_half_done_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.linspace(0, 1, 5, dtype=torch.float64)
+    zeros = bessel_zeros(2, 3)
+    alone = bessel_series(zeros).values(x, 3)
+    derivative = basis._derivative
+
+    def slowly(coefficients: torch.Tensor) -> torch.Tensor:
+        found = derivative(coefficients)
+        time.sleep(0.01)
+        return found
+
+    monkeypatch.setattr(basis, "_derivative", slowly)
+    shared = bessel_series(zeros)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: shared.values(x, 3), range(4)))
+    assert all(torch.equal(values, alone) for values in found)
+    assert torch.equal(shared.values(x, 3), alone)
 
 
 def test_derivatives_of_every_order() -> None:

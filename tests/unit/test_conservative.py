@@ -106,11 +106,16 @@ def test_any_energy_model_has_forces() -> None:
 
     graph = graph_for(model("gemnet_t"), structures.water(periodic=False))
     energy, forces = conservative(energies, graph)
-    assert float(energy.detach()) > 0
-    assert float(forces.sum(0).norm()) < 1e-12
-    away = graph.positions[1] - graph.positions[0]
-    along_bond = float(forces[0] @ away / away.norm())
-    assert along_bond != 0
+    # Each pair counts from both ends: (d - 1)^2, which pulls with 2 (d - 1) along the bond.
+    away = graph.positions[None] - graph.positions[:, None]
+    distance = away.norm(dim=2)
+    others = ~torch.eye(graph.num_atoms, dtype=torch.bool)
+    assert graph.num_edges == others.sum() == 6
+    torch.testing.assert_close(energy.detach(), (distance - 1).square()[others].sum()[None] / 2)
+    pulls = 2 * (distance - 1)[..., None] * torch.nn.functional.normalize(away, dim=2)
+    torch.testing.assert_close(forces.detach(), pulls.sum(1), rtol=1e-10, atol=1e-12)
+    assert (distance > 1).sum() == 2
+    assert forces.detach().norm(dim=1).min() > 0.01, "stretched and compressed bonds"
 
 
 @pytest.mark.parametrize("name", ["gemnet_t", "dimenetplusplus"])

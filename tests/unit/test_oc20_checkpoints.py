@@ -10,6 +10,7 @@ import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -309,12 +310,7 @@ def test_models_without_forces_and_with_conservative_ones(save: Callable[..., Pa
     trained = load_trained(imported(save(content, "energies.pt")))
     assert trained.model.config.forces == "none"
     assert (trained.normalizer.energy_mean, trained.normalizer.energy_std) == (-1.5, 2.25)
-    content = checkpoint(GEMNET)
-    content["config"]["model"]["direct_forces"] = False
-    for name in list(content["state_dict"]):
-        if any(part in name for part in ("seq_forces", "out_forces", "rbf_F")):
-            del content["state_dict"][name]
-    trained = load_trained(imported(save(content, "conservative.pt")))
+    trained = load_trained(imported(save(conservative_gemnet(), "conservative.pt")))
     assert trained.model.config.forces == "conservative"
     assert predict(trained.model).forces is not None
 
@@ -387,6 +383,63 @@ def test_scale_factors_that_disagree_or_miss(
     warnings = json.loads(capfd.readouterr().out)["source"]["warnings"]
     assert "12 of 12 scale factors are not fitted" in warnings[0]
     assert len(unfitted(load_trained(out).model)) == 12
+
+
+ATOM_UPDATES = {f"int_blocks.{i}.atom_update.scale_sum.scale_factor": 1.1 + 0.1 * i for i in (0, 1)}
+
+
+def import_with_factors(
+    path: Path, factors: Path, capfd: pytest.CaptureFixture[str]
+) -> tuple[dict[str, float], list[str]]:
+    """(factors of atom updates by public name, warnings)."""
+    capfd.readouterr()
+    out = imported(path, "--scale-file", str(factors))
+    warnings = json.loads(capfd.readouterr().out)["source"]["warnings"]
+    model = load_trained(out).model
+    shutil.rmtree(out)
+    return {name: model.get_buffer(to_our_name(name, GEMNET) or "").item() for name in ATOM_UPDATES}, warnings
+
+
+def test_one_gives_way_only_where_no_factor_is_fitted(
+    save: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The public code ignores the IntBlock_i_sum of the published file: a one in their place was in force."""
+    content = checkpoint(GEMNET, scale=None)
+    stored = content["state_dict"]
+    for name, value in by_module(SITES).items():
+        stored[f"{name.removeprefix('module.')}.scale_factor"] = value
+    stored |= {name: torch.tensor(1.0) for name in ATOM_UPDATES}
+    path = save(content)
+    by_site, by_old_name = (write_factors(tmp_path / f"{form}.json", form) for form in ("JSON", "older JSON"))
+    message = refused_import(capfd, path, "--scale-file", by_site)
+    assert "int_blocks.0.atom_update.scale_sum is 1 in state_dict, but 1.1 in" in message
+    kept, warnings = import_with_factors(path, by_old_name, capfd)
+    assert set(kept.values()) == {1.0}
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"IntBlock_1_sum, IntBlock_2_sum of {by_old_name} were not taken")
+    # Not said, they are taken from that name, and that is said.
+    for name in ATOM_UPDATES:
+        stored[name] = torch.tensor(0.0)
+    taken, warnings = import_with_factors(save(content), by_old_name, capfd)
+    assert taken == pytest.approx(ATOM_UPDATES)
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"IntBlock_1_sum, IntBlock_2_sum of {by_old_name} were taken, which the public code")
+    for name in stored:
+        if name.endswith("scale_factor"):
+            stored[name] = torch.tensor(1.0)
+    taken, warnings = import_with_factors(save(content), by_old_name, capfd)
+    assert taken == pytest.approx(ATOM_UPDATES)
+    assert len(warnings) == 1
+    assert import_with_factors(save(content), by_site, capfd)[1] == []
+
+
+def test_a_one_of_a_scale_dict_does_not_give_way(
+    save: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content = checkpoint(GEMNET, scale=None)
+    content["scale_dict"] = SITES | {"AtomUpdate_1_sum": 1.0}
+    message = refused_import(capfd, save(content), "--scale-file", write_factors(tmp_path / "factors.json", "JSON"))
+    assert "int_blocks.0.atom_update.scale_sum is 1 in scale_dict, but 1.1 in" in message
 
 
 def test_factors_that_are_not_fitted_do_not_multiply_by_zero_in_the_old_code(save: Callable[..., Path]) -> None:
@@ -503,6 +556,44 @@ def test_normalizers_that_make_no_sense(
     content = checkpoint(GEMNET)
     content["normalizers"] = stored
     assert expected in refused_import(capfd, save(content), *options)
+
+
+def conservative_gemnet() -> dict[str, Any]:
+    content = checkpoint(GEMNET)
+    content["config"]["model"]["direct_forces"] = False
+    for name in list(content["state_dict"]):
+        if any(part in name for part in ("seq_forces", "out_forces", "rbf_F")):
+            del content["state_dict"][name]
+    return content
+
+
+@pytest.mark.parametrize("force_std", [1.5, 2.0])
+@pytest.mark.parametrize("kind", ["GemNet-T", "DimeNet++", "direct"])
+def test_two_deviations_are_two_slopes(
+    kind: str, force_std: float, save: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Forces are then no longer minus the gradient of the energy, which is said."""
+    content = conservative_gemnet() if kind == "GemNet-T" else checkpoint(DIMENET if kind == "DimeNet++" else GEMNET)
+    content["normalizers"] = {"energy": {"mean": 0.0, "rmsd": 2.0}, "forces": {"mean": 0.0, "rmsd": force_std}}
+    out = imported(save(content))
+    warnings = json.loads(capfd.readouterr().out)["source"]["warnings"]
+    assert [text for text in warnings if "0.75 times the slope of the energy" in text] == warnings
+    assert len(warnings) == (kind != "direct" and force_std == 1.5)
+    if kind != "GemNet-T":
+        return
+    trained = load_trained(out)
+    model, step = trained.model.double(), 1e-4
+    graph = build_graph(samples(1), graph_spec(model.config), torch.float64)
+
+    def energy(by: float) -> float:
+        positions = graph.positions.clone()
+        positions[0, 0] += by
+        return trained.normalizer.physical(model(replace(graph, positions=positions))).energy.item()
+
+    forces = trained.normalizer.physical(model(graph)).forces
+    assert forces is not None
+    slope = (energy(step) - energy(-step)) / (2 * step)
+    assert forces[0, 0].item() == pytest.approx(-slope * force_std / 2.0, rel=1e-4)
 
 
 def test_element_references_are_not_dropped_in_silence(

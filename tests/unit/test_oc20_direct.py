@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pickle
@@ -22,8 +23,10 @@ from egnscale.data import dataset
 from egnscale.data.convert import convert
 from egnscale.data.dataset import ForeignDataset, open_dataset
 from egnscale.data.store import Store
+from egnscale.launch import reporting
 from egnscale.launch.cli import main
-from egnscale.launch.loading import validation_splits
+from egnscale.launch.loading import open_data, validation_splits
+from egnscale.launch.reporting import show_reading
 
 CACHE = "egnscale-sizes.npz"
 
@@ -82,13 +85,53 @@ def test_the_cache_is_of_these_files(place: Path) -> None:
     assert_like_the_store(open_dataset(place / "train"), Store(place / "store"))
 
 
-def test_a_place_that_cannot_be_written_to(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError("read-only file system")
+#: Nothing can be written into directories called `train`; `locks`: nor can they be locked.
+READ_ONLY = """
+import builtins, fcntl, os
+refused = []
+def refuse(function, place):
+    def instead(*args, **options):
+        if "train" in str(place(*args)):
+            refused.append(function.__name__)
+            raise PermissionError(30, "Read-only file system")
+        return function(*args, **options)
+    return instead
+os.replace = refuse(os.replace, lambda source, target: target)
+fcntl.flock = refuse(fcntl.flock, lambda descriptor, how: locks and os.readlink(f"/proc/self/fd/{descriptor}"))
+"""
 
-    monkeypatch.setattr(os, "rename", refuse)
-    assert_like_the_store(open_dataset(place / "train"), Store(place / "store"))
+
+@pytest.mark.parametrize("nowhere", [False, True])
+def test_a_place_that_cannot_be_written_to(place: Path, monkeypatch: pytest.MonkeyPatch, nowhere: bool) -> None:
+    """Kept in the user's cache directory, and where that cannot be written to either, not at all."""
+    cache = place / ("train_of_nobody" if nowhere else "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(os, "replace", os.replace)
+    monkeypatch.setattr(fcntl, "flock", fcntl.flock)
+    exec(READ_ONLY, scope := {"locks": True})
+    store = Store(place / "store")
+    assert_like_the_store(open_dataset(place / "train"), store)
+    assert scope["refused"].count("replace") == 1 + nowhere
+    assert scope["refused"].count("flock") == 1 + nowhere
     assert sorted(file.name for file in (place / "train").iterdir()) == ["data.0000.lmdb", "data.0001.lmdb"]
+    kept = list((cache / "egnscale").iterdir())
+    if nowhere:
+        assert kept == []
+        return
+    assert len(kept) == 1
+    with monkeypatch.context() as patch:
+        refuse_to_read(patch)
+        assert_like_the_store(open_dataset(place / "train"), store)
+    # It is of these files, in this place.
+    os.utime(place / "train" / "data.0001.lmdb", ns=(1, 1))
+    assert_like_the_store(open_dataset(place / "train"), store)
+    assert len(list((cache / "egnscale").iterdir())) == 2
+
+
+def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert dataset._cache_directory() == tmp_path / ".cache" / "egnscale"
 
 
 def test_one_file(place: Path) -> None:
@@ -111,9 +154,12 @@ print(len(dataset.open_dataset(sys.argv[1]).num_atoms))
 """
 
 
-def test_of_several_ranks_one_reads(place: Path) -> None:
-    command = [sys.executable, "-c", RANK, str(place / "train")]
-    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+@pytest.mark.parametrize("where", ["writable", "read-only", "read-only, without locks"])
+def test_of_several_ranks_one_reads(place: Path, where: str) -> None:
+    script = RANK if where == "writable" else f"locks = {'locks' in where}\n{READ_ONLY}\n{RANK}"
+    command = [sys.executable, "-c", script, str(place / "train")]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(place / "cache")}
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
     printed = [rank.communicate(timeout=60)[0].split() for rank in ranks]
     assert sorted(printed) == [["30"], ["30"], ["reads", "30"]]
 
@@ -134,10 +180,15 @@ def test_sizes_of_oc20_are_used(place: Path, monkeypatch: pytest.MonkeyPatch, ed
         assert read.num_edges.sum() == pytest.approx(store.num_edges.sum(), rel=0.1)
     assert read.metadata["statistics"]["energy"]["count"] == 10
     assert read.metadata["provenance"]["statistics_of"] == 10
+    assert not read.ids_known
     np.testing.assert_array_equal(read.sid, store.sid)
     np.testing.assert_array_equal(read.fid, store.fid)
+    assert seen[-1] == (30, 30), "ids take all structures"
     refuse_to_read(monkeypatch)
-    open_dataset(place / "train")
+    again = pickle.loads(pickle.dumps(open_dataset(place / "train")))
+    assert again.ids_known
+    np.testing.assert_array_equal(again.sid, store.sid)
+    np.testing.assert_array_equal(again.fid, store.fid)
     # One shard of the directory: the sizes are of all.
     monkeypatch.undo()
     assert len(open_dataset(place / "train" / "data.0001.lmdb").num_atoms) == 15
@@ -224,3 +275,46 @@ def test_info(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("structures", "systems", "atoms", "edges", "elements"):
         assert found[name] == wanted[name], name
     assert found["energy"] == pytest.approx(wanted["energy"])
+
+
+def test_info_reads_no_more_than_it_must(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dataset, "SAMPLED", 10)
+    np.savez(place / "train" / "metadata.npz", natoms=Store(place / "store").num_atoms)
+    read: list[int] = []
+    scan = dataset._scan
+    monkeypatch.setattr(dataset, "_scan", lambda *args, **how: read.append(len(args[1])) or scan(*args, **how))
+
+    def systems(*options: str) -> int | None:
+        assert main(["data", "info", str(place / "train"), *options, "--json"]) == 0
+        return json.loads(capfd.readouterr().out)["stores"]["train"]["systems"]
+
+    assert systems() is None
+    assert main(["data", "info", str(place / "train")]) == 0
+    rows = [line.split() for line in capfd.readouterr().out.splitlines()]
+    assert ["train", "30", "-"] in [row[:3] for row in rows]
+    assert read == [10]
+    assert systems("--verify") == 10
+    assert read == [10, 30]
+    assert systems() == 10, "kept"
+    assert read == [10, 30]
+
+
+def test_a_long_reading_is_said_once(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with show_reading("PATH") as progress:
+        for done in range(3):
+            progress(done, 3)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(reporting, "LONG", -1.0)
+    open_data(place / "train")
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [f"{place / 'train'}: 0 of 30 structures read in 0 s"]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with show_reading("PATH") as progress:
+        progress(0, 3)
+        progress(3, 3)
+    progress(3, 3)
+    assert capfd.readouterr().err == "\rPATH: 0 of 3 structures read" + 2 * "\rPATH: 3 of 3 structures read\n"

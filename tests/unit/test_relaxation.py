@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import ase.io
 import numpy as np
@@ -20,14 +21,16 @@ from ase import Atoms
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms, FixedPlane
 from ase.optimize import LBFGS as AseLBFGS
-from toy import make_dataset, slab, write_config
+from toy import energies_only, make_dataset, make_relaxed_dataset, slab, write_config
 
 from egnscale.data.sample import Sample
 from egnscale.launch import Calculator
 from egnscale.launch.cli import main
+from egnscale.launch.relax_work import share_of
 from egnscale.launch.relaxation import LBFGSOptions, Potential, Relaxed, RelaxOptions, relax
 from egnscale.launch.relaxation_folder import RelaxationFolder, names_of
 from egnscale.launch.run_files import load_trained
+from egnscale.launch.structures import First, Listed
 
 
 def structures(count: int) -> list[Sample]:
@@ -322,16 +325,92 @@ def test_killed_and_started_again(run: Path, tmp_path: Path) -> None:
     assert (out / "relaxed.extxyz").read_bytes() == (tmp_path / "whole" / "relaxed.extxyz").read_bytes()
 
 
+def test_failures_of_a_finished_command_are_tried_again(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They alone: the others are kept, and all ends as if none had failed."""
+    write_structures(tmp_path / "in.traj", 4)
+    more = ("--batch-size", "1")  # nothing depends on who is in the batch, not even the rounding
+    assert main(words(run, tmp_path / "in.traj", tmp_path / "whole", *more)) == 0
+    predict = Potential.predict
+    evaluated: set[int] = set()
+    broken = {1, 2}
+
+    def sometimes(self: Potential, batch: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        evaluated.update(sample.sid for sample in batch)
+        energy, forces = predict(self, batch)
+        return (energy * torch.nan if broken & {sample.sid for sample in batch} else energy), forces
+
+    monkeypatch.setattr(Potential, "predict", sometimes)
+    out = tmp_path / "out"
+    for wrong in ({1, 2}, {2}):
+        broken = wrong
+        capsys.readouterr()
+        assert main(words(run, tmp_path / "in.traj", out, *more)) == 0
+        text = capsys.readouterr().out
+        assert [name for name in range(4) if f"failed: {name}: " in text] == sorted(wrong)
+        assert "the same command tries what failed again" in text
+        assert json.loads((out / "relax.json").read_text())["failed"].keys() == {str(sid) for sid in wrong}
+    evaluated.clear()
+    broken = set()
+    assert main([*words(run, tmp_path / "in.traj", out, *more), "--json"]) == 0
+    assert evaluated == {2}
+    assert json.loads(capsys.readouterr().out)["failed"] == {}
+    assert (out / "relaxed.extxyz").read_bytes() == (tmp_path / "whole" / "relaxed.extxyz").read_bytes()
+    assert sorted(path.name for path in (out / "trajectories").iterdir()) == [f"{sid}.traj" for sid in range(4)]
+    assert not (out / ".relax").exists()
+
+
+def test_killed_while_it_is_reopened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = structures(3)
+
+    def opened() -> RelaxationFolder:
+        folder = RelaxationFolder(tmp_path / "out", ["100", "101", "102"], {})
+        folder.claim()
+        return folder
+
+    first = opened()
+    for relaxed in relax(samples, Emt(bad={101: 0}), OPTIONS):
+        first.save(relaxed)
+    first.finish(samples)
+    first.release()
+
+    def killed(self: RelaxationFolder, relaxed: Relaxed) -> None:
+        raise KeyboardInterrupt
+
+    second = opened()
+    with monkeypatch.context() as patch:
+        patch.setattr(RelaxationFolder, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            second.reopen(samples)
+    second.release()
+    assert [relaxed.status for relaxed in opened().read(samples)] == ["converged", "failed", "converged"]
+    third = opened()
+    third.reopen(samples)
+    assert not third.finished
+    with pytest.raises(OSError, match="another process is relaxing into"):
+        opened()
+    third.release()
+    fourth = opened()
+    assert [fourth.load(index, samples[index]) is None for index in range(3)] == [False, True, False]
+    fourth.release()
+
+
 def test_failures_are_tried_again(tmp_path: Path) -> None:
     samples = structures(3)
-    folder = RelaxationFolder(tmp_path / "out", names_of([100, 101, 102], [0, 0, 0]), {"fmax": 0.05})
+    folder = RelaxationFolder(tmp_path / "out", ["100", "101", "102"], {"fmax": 0.05})
     folder.claim()
     for relaxed in relax(samples, Emt(bad={101: 0}), OPTIONS):
         folder.save(relaxed)
     assert [folder.load(index, samples[index]) is None for index in range(3)] == [False, True, False]
     # What was relaxed from elsewhere does not count.
     assert folder.load(0, samples[1]) is None
+    # What processes that were killed were writing goes; what others put there stays.
+    for left in (".relaxed.17.tmp.extxyz", "trajectories/.100.17.tmp.traj", "trajectories/.mine"):
+        (tmp_path / "out" / left).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / left).touch()
     folder.finish(samples)
+    assert [file.name for file in (tmp_path / "out").rglob(".*")] == [".mine"]
     folder.release()
     again = folder.read(samples)
     assert [relaxed.status for relaxed in again] == ["converged", "failed", "converged"]
@@ -354,10 +433,13 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 
 def test_names() -> None:
-    assert names_of([1, 2], [0, 0]) == ["1", "2"]
-    assert names_of([1, 1], [0, 3]) == ["1_0", "1_3"]
-    with pytest.raises(ValueError, match="1_0"):
-        names_of([1, 1], [0, 0])
+    def names(sids: list[int], fids: list[int]) -> list[str]:
+        return names_of(Path("here"), np.array(sids), np.array(fids))
+
+    assert names([1, 2], [0, 0]) == ["1", "2"]
+    assert names([1, 1], [0, 3]) == ["1_0", "1_3"]
+    with pytest.raises(ValueError, match="here: two structures are called 1_0"):
+        names([1, 1], [0, 0])
 
 
 @pytest.mark.parametrize("wrong", [{"fmax": -1.0}, {"fmax": float("nan")}, {"steps": -1}])
@@ -403,17 +485,51 @@ def test_structures_that_make_no_sense(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_without_forces(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_without_forces(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(energies_only(make_relaxed_dataset(tmp_path / "data", 4, 2), tmp_path / "direct")) == 0
     write_structures(tmp_path / "in.traj", 2)
-    with_forces = Potential.predict
-    monkeypatch.setattr(Potential, "predict", lambda self, batch: (with_forces(self, batch)[0], None))
-    assert main(words(run, tmp_path / "in.traj", tmp_path / "out")) == 1
+    assert main(words(tmp_path / "direct", tmp_path / "in.traj", tmp_path / "out")) == 1
     assert "predicts no forces" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    potential = Potential.of(load_trained(tmp_path / "direct"), "cpu")
+    assert not potential.has_forces
     with pytest.raises(ValueError, match="predicts no forces"):
-        Potential.of(load_trained(run), "cpu")(structures(1))
+        potential(structures(1))
+    assert Potential.of(load_trained(run), "cpu").has_forces
+
+
+class Unread:
+    """A data set of which no structure may be read."""
+
+    path = Path("here")
+    metadata: dict = {}  # noqa: RUF012
+    num_atoms = num_edges = np.array([3, 9, 5, 7, 1], dtype=np.int32)
+    sid = np.arange(10, 15)
+    fid = np.zeros(5, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, i: int) -> Sample:
+        raise AssertionError(f"{i} was read")
+
+    def verify(self) -> None: ...
+
+
+def test_shares_and_names_read_no_structure() -> None:
+    for rank, expected in enumerate(([1, 2], [3, 0])):
+        mesh = SimpleNamespace(data_rank=rank, layout=SimpleNamespace(data=2))
+        assert share_of(First(Unread(), 4), mesh) == expected  # type: ignore[arg-type]
+    first = First(Unread(), 3)
+    assert names_of(Path("here"), first.sid, first.fid) == ["10", "11", "12"]
+    assert len(First(Unread(), None)) == len(First(Unread(), 9)) == 5
+    with pytest.raises(IndexError, match="first 3"):
+        first[3]
+    made = structures(3)
+    listed = Listed(made)
+    assert (listed.sid.tolist(), listed.fid.tolist()) == ([100, 101, 102], [0, 0, 0])
+    assert listed.num_atoms.tolist() == [sample.num_atoms for sample in made]
+    assert listed[2] is made[2]
 
 
 def test_interrupted(run: Path, tmp_path: Path) -> None:

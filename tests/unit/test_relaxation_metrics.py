@@ -179,6 +179,19 @@ def test_is2rs_definitions() -> None:
     assert math.isnan(found["fbt_initial"])
 
 
+def test_is2rs_without_a_relaxed_structure() -> None:
+    """It counts for everything but the distances."""
+    made = structures(3)
+    metrics, known = metrics_of(made), metrics_of(made).compute()
+    one = {name: value for name, value in made[5].items() if name != "forces"}
+    metrics.update(**(one | {"target": None, "steps": 7, "converged": True}))
+    found = metrics.compute()
+    for name in ("adwt", "adwt_initial", "positions_mae", "positions_mse_initial", "fbt", "afbt"):
+        assert found[name] == known[name]
+    assert (found["structures"], found["converged"]) == (known["structures"] + 1, known["converged"] + 1)
+    assert found["steps"] == pytest.approx((known["steps"] * known["structures"] + 7) / found["structures"])
+
+
 def test_is2rs_replicas_add_up() -> None:
     made = structures(2)
     whole = metrics_of(made)

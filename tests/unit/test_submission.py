@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +12,18 @@ from pathlib import Path
 import ase.io
 import numpy as np
 import pytest
-import torch
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
-from toy import make_dataset, samples, write_config
+from oc20_records import attributes, new_graph, structures, write_lmdb
+from toy import energies_only, make_dataset, samples, write_config
 
-from egnscale.data.sample import Sample
 from egnscale.data.store import Store, write_store
 from egnscale.launch import relaxation
 from egnscale.launch.cli import main
 from egnscale.launch.reference import emt_forces, made_with_emt, read_results, write_inputs
 from egnscale.launch.relaxation import Potential
 from egnscale.launch.relaxation_metrics import distance_score, force_score, largest_force, mean_distance
+from egnscale.launch.relaxed_evaluation import trivial_energy
 from egnscale.launch.run_files import load_trained
 from egnscale.launch.submission import is2re_predictions, is2rs_predictions, s2ef_predictions, write_predictions
 
@@ -46,13 +48,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for sample in samples(5, seed=10 + number, first_sid=100 * number)
         ]
         write_store(root / "data" / "is2re" / split, made, provenance=EMT_MADE)
+    assert main(energies_only(root / "data", root / "direct")) == 0
     bare = [replace(sample, energy=None, forces=None) for sample in samples(3, first_sid=500)]
     write_store(root / "unlabelled", bare)
     return root
 
 
-def evaluate(place: Path, data: str, *more: str) -> list[str]:
-    return ["evaluate", str(place / "run"), str(place / data), "--json", *more]
+def evaluate(place: Path, data: str, *more: str, run: str = "run") -> list[str]:
+    return ["evaluate", str(place / run), str(place / data), "--json", *more]
+
+
+def splits_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, float | None]]:
+    """What a command's JSON has for each split."""
+    capsys.readouterr()
+    assert main(words) == 0
+    return json.loads(capsys.readouterr().out)["splits"]
 
 
 RELAX = ("--steps", "3", "--fmax", "0.01")
@@ -164,33 +174,101 @@ def test_is2rs_and_is2re_share_relaxations(
         assert archive["id_energy"] == pytest.approx(energies, abs=1e-6)
 
 
-def test_is2re_direct(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A model without forces predicts the relaxed energy from the initial structure, and cannot do is2rs."""
-    with_forces = Potential.predict
-
-    def without(self: Potential, batch: list[Sample]) -> tuple[torch.Tensor, None]:
-        return with_forces(self, batch)[0], None
-
-    monkeypatch.setattr(Potential, "predict", without)
+def test_is2re_direct(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model without forces predicts the relaxed energy from the initial structure."""
     file = tmp_path / "is2re.npz"
-    words = evaluate(place, "data", "--task", "is2re", "--predictions", str(file), "--batch-size", "2")
-    assert main(words) == 0
-    found = json.loads(capsys.readouterr().out)["splits"]["val_id"]
-    potential = Potential.of(load_trained(place / "run"), "cpu")
+    more = ("--task", "is2re", "--predictions", str(file), "--batch-size", "2")
+    found = splits_of(evaluate(place, "data", *more, run="direct"), capsys)["val_id"]
+    potential = Potential.of(load_trained(place / "direct"), "cpu")
     store = Store(place / "data" / "is2re" / "val_id")
     errors = []
     with np.load(file) as archive:
         for index in range(len(store)):
             sample = store[index]
-            energy = with_forces(potential, [sample])[0].item()
-            assert archive["id_energy"][index] == pytest.approx(energy, abs=1e-5)
+            energies, forces = potential.predict([sample])
+            assert forces is None
+            assert archive["id_energy"][index] == pytest.approx(energies.item(), abs=1e-5)
             assert sample.energy_relaxed is not None
-            errors.append(abs(energy - sample.energy_relaxed))
+            errors.append(abs(energies.item() - sample.energy_relaxed))
     assert found["energy_mae"] == pytest.approx(np.mean(errors), abs=1e-5)
-    assert main(evaluate(place, "data", "--task", "is2rs")) == 1
-    assert "predicts no forces" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more,expected",
+    [
+        ((), "the model predicts no forces; use --task is2re"),
+        (("--predictions", "x.npz"), "the model predicts no forces; use --task is2re"),
+        (("--task", "is2rs"), "the model predicts no forces; use --task is2re"),
+        (("--task", "is2re", "--out", "x"), "--out keeps relaxations, and a model without forces makes none"),
+        (("--task", "is2re", "--steps", "9"), "--steps is for relaxations, and a model without forces makes none"),
+    ],
+    ids=["s2ef", "predictions", "is2rs", "out", "steps"],
+)
+def test_what_a_model_without_forces_cannot_do(
+    more: tuple[str, ...], expected: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(evaluate(place, "data", *more, run="direct")) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert expected in lines[0]
+
+
+def test_the_trivial_guess(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mean of the training set beside a split, in OC20's files too; else of the checkpoint's own; else nothing."""
+
+    def error(run: str, data: Path) -> float | None:
+        words = evaluate(place, str(data), "--task", "is2re", *(RELAX if run == "run" else ()), run=run)
+        return splits_of(words, capsys)["val_id"]["energy_mae_mean"]
+
+    def trivial(mean: float) -> float:
+        return float(np.mean([abs(sample.energy_relaxed - mean) for sample in made[4:]]))
+
+    made = structures(7, seed=1)
+    everything = tmp_path / "is2re" / "all"
+    for split, some in (("train", made[:4]), ("val_id", made[4:])):
+        (everything / split).mkdir(parents=True)
+        records = [pickle.dumps(new_graph(attributes(sample)), protocol=-1) for sample in some]
+        write_lmdb(everything / split / "data.lmdb", records)
+    beside = float(np.mean([sample.energy_relaxed for sample in made[:4]]))
+    own = load_trained(place / "direct").normalizer.energy_mean
+    assert own == Store(place / "data" / "is2re" / "train").metadata["statistics"]["energy_relaxed"]["mean"]
+    for run in ("run", "direct"):
+        assert error(run, everything) == pytest.approx(trivial(beside), rel=1e-5)
+    # Without labels of this kind it is no training set for this.
+    shutil.rmtree(everything / "train")
+    write_store(everything / "train", samples(2))
+    assert error("run", everything) is None
+    assert error("direct", everything) == pytest.approx(trivial(own), rel=1e-5)
+    shutil.rmtree(everything / "train")
+    assert error("run", everything) is None
+    assert main(["evaluate", str(place / "run"), str(everything), "--task", "is2re", *RELAX]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "val_id" in line)
+    assert row.split("│")[3].strip() == "-"
+    # The means of what came from elsewhere are of other quantities.
+    trained = load_trained(place / "direct")
+    for key, value in (("init_from", "elsewhere"), ("normalizer", {"energy_mean": own}), ("name", "s2ef")):
+        task = trained.run["config"]["task"] | {key: value}
+        assert math.isnan(trivial_energy(tmp_path / "none", replace(trained, run={"config": {"task": task}})))
+    assert math.isnan(trivial_energy(tmp_path / "none", replace(trained, run={})))
+
+
+def test_forces_are_judged_without_relaxed_structures(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(place / "data" / "is2re" / "val_id")
+    bare = [replace(store[index], positions_relaxed=None) for index in range(len(store))]
+    more = ("--task", "is2rs", *RELAX)
+    whole = splits_of(evaluate(place, "data/is2re/val_id", *more), capsys)["val_id"]
+    forces = ("fbt", "afbt", "forces_missing", "fbt_initial", "afbt_initial", "steps", "structures")
+    distances = ("adwt", "adwt_initial", "positions_mae", "positions_mse")
+    for provenance, reference in ((EMT_MADE, ()), (None, ("--reference", "emt"))):
+        name = "made" if provenance else "given"
+        write_store(tmp_path / name, bare, provenance=provenance)
+        found = splits_of(evaluate(place, str(tmp_path / name), *more, *reference), capsys)[name]
+        assert {key: found[key] for key in forces} == pytest.approx({key: whole[key] for key in forces})
+        assert {found[key] for key in distances} == {None}
+    assert main(evaluate(place, str(tmp_path / "made"), *more, "--reference", "none")) == 1
+    assert "have no positions_relaxed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["is2re", "is2rs"])
@@ -283,6 +361,23 @@ def test_emt_reference() -> None:
     assert made_with_emt({"provenance": EMT_MADE})
     assert not made_with_emt({"provenance": {"calculator": "VASP"}})
     assert not made_with_emt({})
+
+
+def test_inputs_of_equal_sids_are_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Results come back by sid. Nothing is relaxed or written before."""
+    for split, first in (("val_id", 3), ("val_ood_ads", 4)):
+        write_store(tmp_path / "is2re" / split, samples(2, first_sid=first))
+    inputs = tmp_path / "in"
+    more = ("--task", "is2rs", "--out", str(tmp_path / "out"), "--reference-inputs", str(inputs), *RELAX)
+    assert main(evaluate(place, str(tmp_path), *more)) == 1
+    assert "two structures have sid 4" in capsys.readouterr().err
+    frames = [replace(sample, sid=3, fid=fid) for fid, sample in enumerate(samples(2))]
+    with pytest.raises(ValueError, match="two structures have sid 3"):
+        write_inputs(inputs, frames)
+    assert not inputs.exists()
+    assert not (tmp_path / "out").exists()
+    assert main(evaluate(place, str(tmp_path / "is2re" / "val_id"), *more)) == 0
+    assert sorted(path.name for path in (inputs / "poscar").iterdir()) == ["3", "4"]
 
 
 def test_inputs_keep_order_and_constraints(tmp_path: Path) -> None:

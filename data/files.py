@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.[^.]+)?")
 
 
 @contextmanager
@@ -15,7 +18,8 @@ def replacing(path: Path) -> Iterator[Path]:
         with replacing(out) as temporary:
             temporary.write_text("...")
 
-    Several processes may write the same path: the last one wins. Where the block raises, nothing is left.
+    Several processes may write the same path: the last one wins. Where the block raises, nothing is left; of a process
+    that is killed in it, `leftovers` finds what is left.
 
     Raises:
         OSError: where the directory cannot be made, or the disk is full.
@@ -25,12 +29,25 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync(path.parent)
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Temporary files that processes were writing in a directory, or had been when they were killed."""
+    if not directory.is_dir():
+        return []
+    return sorted(file for file in directory.iterdir() if _TEMPORARY.fullmatch(file.name))
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the entries of a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
