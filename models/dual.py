@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from egnscale.models.graph import ExtendedGraph
 from egnscale.models.layered import inside
+from egnscale.models.layers import dual_numbers
 
 
 def _directly(function: Callable[..., Any], *args: Any) -> Any:
@@ -47,7 +48,7 @@ def with_tangents(
     made: list[Any] = []
 
     def plain(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        with forward_ad.dual_level():
+        with dual_numbers():
             pairs = zip(tensors[: len(primals)], tensors[len(primals) :], strict=True)
             args = [x if t is None else forward_ad.make_dual(x, t) for x, t in pairs]
             outputs, made[:] = _flat(function(tree_unflatten(args, structure)))

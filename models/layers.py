@@ -8,7 +8,9 @@ Networks for Molecules" (NeurIPS 2021). DimeNet++'s Linear and BiasedResidual: G
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -81,10 +83,11 @@ def silu(x: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b. Keeps W itself, not a view of it, and knows that weights have no tangent.
+    """x W^T + b on dual numbers: knows that weights have no tangent, and keeps W itself.
 
-    A view would keep a parameter in memory that ZeRO-3 has given back. A missing tangent, taken for zero, would cost a
-    product with zeros in the forward-mode pass.
+    A missing tangent, taken for zero, would cost a product with zeros. A view of W would keep a parameter in memory
+    that ZeRO-3 has given back. Elsewhere torch's own product is better: it leaves out the gradient of W where only that
+    of x is asked for, which a function of Python cannot know.
     """
 
     @staticmethod
@@ -125,12 +128,28 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b. (N, in), (out, in), (out,) -> (N, out); cheap where x is much narrower than what is made of it."""
     if bias is None and NARROW * weight.shape[1] <= weight.shape[0]:
-        return cheap(_without_bias, x, weight)
-    return _Linear.apply(x, weight, bias)
+        return cheap(_product, x, weight)
+    if bias is None:
+        return _product(x, weight)
+    return _Linear.apply(x, weight, bias) if _on_dual_numbers.get() else torch.addmm(bias, x, weight.t())
 
 
-def _without_bias(x: Tensor, weight: Tensor) -> Tensor:
-    return _Linear.apply(x, weight, None)
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return _Linear.apply(x, weight, None) if _on_dual_numbers.get() else x @ weight.t()
+
+
+_on_dual_numbers: ContextVar[bool] = ContextVar("_on_dual_numbers", default=False)
+
+
+@contextmanager
+def dual_numbers() -> Iterator[None]:
+    """A level of torch's forward-mode differentiation, in which only what depends on positions has tangents."""
+    token = _on_dual_numbers.set(True)
+    try:
+        with torch.autograd.forward_ad.dual_level():
+            yield
+    finally:
+        _on_dual_numbers.reset(token)
 
 
 def scaled_silu(x: Tensor) -> Tensor:

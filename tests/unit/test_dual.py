@@ -6,6 +6,7 @@ layer is what notices one that enters a model.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from small_models import BATCHES, conservative, graph_for
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from egnscale.models import AtomModel, ExtendedGraph
+from egnscale.models import AtomModel, ExtendedGraph, layers
 from egnscale.models.dual import dual_energies, with_tangents
 from egnscale.models.layers import linear
 from egnscale.scaling.flat import flatten_layers
@@ -150,7 +151,11 @@ def test_the_comparison_notices_an_operation_that_loses_the_second_order() -> No
     assert largest_error(list(found), list(wanted)) > 1e-4
 
 
-def test_linear_has_derivatives_of_every_kind() -> None:
+@pytest.mark.parametrize("dual", [False, True])
+def test_linear_has_derivatives_of_every_kind(dual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if dual:
+        monkeypatch.setattr(layers, "_on_dual_numbers", ContextVar("always", default=True))
+
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
