@@ -213,7 +213,8 @@ class Trainer:
         chosen = self.config.parallel.second_order
         if chosen != "auto":
             return chosen
-        return "reverse_over_forward" if self.config.parallel.zero == 3 else "double_backward"
+        needed = self.model_config.forces == "conservative" and self.config.parallel.zero == 3
+        return "reverse_over_forward" if needed else "double_backward"
 
     def _make_directory(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

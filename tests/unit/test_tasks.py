@@ -101,6 +101,12 @@ def test_zero_3_trains_conservative_forces(
     assert weights.keys() == load_trained(tmp_path / "double").model.state_dict().keys()
 
 
+def test_zero_3_trains_direct_forces(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    train(data, tmp_path / "zero0", capsys)
+    train(data, tmp_path / "zero3", capsys, "parallel.zero=3")
+    assert losses(tmp_path / "zero3") == pytest.approx(losses(tmp_path / "zero0"), rel=1e-4)
+
+
 def test_relaxed_energies_are_learnt_directly(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     task = ["task.name=is2re", f"data.train={data}/is2re/train", f"data.val={data}/is2re", "optim.max_steps=60"]
     report = train(data, tmp_path / "run", capsys, *task, "optim.lr_initial=0.005", "task.eval_every=20")
