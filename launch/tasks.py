@@ -15,6 +15,7 @@ from egnscale.data.batch import AtomBatch
 from egnscale.launch.metrics import s2ef_loss
 from egnscale.models import ExtendedGraph, Prediction
 from egnscale.models.dual import dual_energies
+from egnscale.models.forces import EnergyModel
 
 #: How conservative forces are trained on: the gradient of a gradient, or one of a directional derivative.
 SecondOrder = Literal["double_backward", "reverse_over_forward"]
@@ -98,6 +99,7 @@ class S2EF(nn.Module):
         self, graph: ExtendedGraph, batch: AtomBatch, counts: Tensor
     ) -> tuple[Tensor, Prediction]:
         """The loss, and its exact gradient by a forward pass on dual numbers (`egnscale.models.dual`)."""
+        assert isinstance(self.model, EnergyModel)
         with torch.no_grad():
             prediction = self.model(graph)
         assert prediction.forces is not None

@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from egnscale.models.basis import BesselBasis, SineBasis
-from egnscale.models.forces import Forces, Prediction, conservative
+from egnscale.models.forces import EnergyModel, Forces, Prediction
 from egnscale.models.graph import ExtendedGraph, Pending
-from egnscale.models.layered import LayeredModel, inside
 from egnscale.models.layers import BiasedResidual, Linear, silu
 from egnscale.models.remake import cheap
 from egnscale.models.segments import segment_sum_backend
@@ -217,7 +216,7 @@ class Readout(nn.Module):
         return state.energy
 
 
-class DimeNetPlusPlus(LayeredModel):
+class DimeNetPlusPlus(EnergyModel):
     """DimeNet++: `model(graph) -> Prediction`, for graphs that list their leaving edges."""
 
     def __init__(self, config: DimeNetConfig) -> None:
@@ -226,24 +225,3 @@ class DimeNetPlusPlus(LayeredModel):
         self.embedding = Embedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.readout = Readout()
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The model as a list: the first takes the graph, the others (State, graph)."""
-        return [self.embedding, *self.blocks, self.readout]
-
-    def forward(self, graph: ExtendedGraph) -> Prediction:
-        if self.config.forces == "conservative":
-            return conservative(self.atom_energies, graph)
-        return self.readout(self.state(graph), graph)
-
-    def state(self, graph: ExtendedGraph) -> State:
-        """What the readout sees."""
-        state = self.run(self.embedding, inside(self.embedding), graph)
-        for block in self.blocks:
-            state = self.run(block, inside(block), state, graph)
-        return state
-
-    def atom_energies(self, graph: ExtendedGraph) -> Tensor:
-        """(V, 1) what each atom adds to the energy of its system, normalised."""
-        return self.readout.atom_energies(self.state(graph), graph)

@@ -23,6 +23,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from egnscale.models.forces import EnergyModel
 from egnscale.models.graph import ExtendedGraph
 from egnscale.models.layered import inside
 from egnscale.models.layers import dual_numbers
@@ -51,27 +52,18 @@ def with_tangents(
         with dual_numbers():
             pairs = zip(tensors[: len(primals)], tensors[len(primals) :], strict=True)
             args = [x if t is None else forward_ad.make_dual(x, t) for x, t in pairs]
-            outputs, made[:] = _flat(function(tree_unflatten(args, structure)))
+            outputs, of_result = tree_flatten(function(tree_unflatten(args, structure)))
+            made.append(of_result)
             unpacked = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None) for x in outputs]
         return (*(x for x, _ in unpacked), *(t for _, t in unpacked))
 
     outputs = run(plain, *primals, *tangents)
-    (of_result,) = made
     half = len(outputs) // 2
-    return tree_unflatten(outputs[:half], of_result), tree_unflatten(outputs[half:], of_result)
+    return tree_unflatten(outputs[:half], made[0]), tree_unflatten(outputs[half:], made[0])
 
 
-def _flat(tree: Any) -> tuple[list[Any], list[Any]]:
-    leaves, structure = tree_flatten(tree)
-    return leaves, [structure]
-
-
-def dual_energies(model: Any, graph: ExtendedGraph, displacement: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) energies and (B,) their derivatives along `displacement` (V, 3), both differentiable in the parameters.
-
-    Args:
-        model: a list of layers, `GemNetT` or `DimeNetPlusPlus`.
-    """
+def dual_energies(model: EnergyModel, graph: ExtendedGraph, displacement: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) energies and (B,) their derivatives along `displacement` (V, 3), both differentiable in the parameters."""
     first, *others, readout = model.layers
 
     def embed(positions: Tensor) -> Any:

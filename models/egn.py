@@ -29,7 +29,7 @@ from egnscale.models.basis import GaussianBasis, polynomial_envelope
 from egnscale.models.forces import Prediction
 from egnscale.models.graph import ExtendedGraph, Pending, Triplets
 from egnscale.models.harmonics import circular_harmonics
-from egnscale.models.layered import LayeredModel, inside
+from egnscale.models.layered import LayeredModel
 from egnscale.models.layers import INV_SQRT_2, Dense
 
 
@@ -218,14 +218,3 @@ class EGN(LayeredModel):
             EGNBlock(node=node, edge=edge, triplet=triplet, glob=glob) for _ in range(num_blocks)
         )
         self.readout = Readout(node=node, edge=edge, glob=glob)
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The model as a list: the first takes the graph, the others (State, graph)."""
-        return [self.embedding, *self.blocks, self.readout]
-
-    def forward(self, graph: ExtendedGraph) -> Prediction:
-        state = self.run(self.embedding, inside(self.embedding), graph)
-        for block in self.blocks:
-            state = self.run(block, inside(block), state, graph)
-        return self.readout(state, graph)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from egnscale.models.graph import ExtendedGraph
+from egnscale.models.layered import LayeredModel
 
 #: direct: by a head of their own. conservative: minus the gradient of the energy. none: energies alone.
 Forces = Literal["direct", "conservative", "none"]
@@ -40,3 +41,21 @@ def conservative(atom_energies: Callable[[ExtendedGraph], Tensor], graph: Extend
         total = graph.partition.total(energies).squeeze(-1)
         (gradient,) = torch.autograd.grad(energies.sum(), positions, create_graph=training, materialize_grads=True)
     return Prediction(total, -gradient) if training else Prediction(total.detach(), -gradient)
+
+
+class EnergyModel(LayeredModel):
+    """A layered model of the energy, `model(graph) -> Prediction`, with the kind of forces that its configuration says.
+
+    Its readout gives the energies of atoms, too.
+    """
+
+    config: Any  #: with `forces`
+
+    def forward(self, graph: ExtendedGraph) -> Prediction:
+        if self.config.forces == "conservative":
+            return conservative(self.atom_energies, graph)
+        return super().forward(graph)
+
+    def atom_energies(self, graph: ExtendedGraph) -> Tensor:
+        """(V, 1) what each atom adds to the energy of its system, normalised."""
+        return self.readout.atom_energies(self.state(graph), graph)

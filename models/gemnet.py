@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from egnscale.models.basis import RADIAL_BASES
-from egnscale.models.forces import Forces, Prediction, conservative
+from egnscale.models.forces import EnergyModel, Forces, Prediction
 from egnscale.models.graph import ExtendedGraph, Pending
-from egnscale.models.layered import LayeredModel, inside
 from egnscale.models.layers import INV_SQRT_2, Dense, ScaleFactor, he_orthogonal_, residuals, scaled_silu
 from egnscale.models.remake import cheap
 from egnscale.models.segments import segment_sum_backend
@@ -335,7 +334,7 @@ class Readout(nn.Module):
         return state.energy / atoms.index_select(0, graph.system)
 
 
-class GemNetT(LayeredModel):
+class GemNetT(EnergyModel):
     """GemNet-T: `model(graph) -> Prediction`, with the kind of forces that its configuration says."""
 
     def __init__(self, config: GemNetConfig) -> None:
@@ -344,24 +343,3 @@ class GemNetT(LayeredModel):
         self.embedding = Embedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.readout = Readout(config)
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The model as a list: the first takes the graph, the others (State, graph)."""
-        return [self.embedding, *self.blocks, self.readout]
-
-    def forward(self, graph: ExtendedGraph) -> Prediction:
-        if self.config.forces == "conservative":
-            return conservative(self.atom_energies, graph)
-        return self.readout(self.state(graph), graph)
-
-    def state(self, graph: ExtendedGraph) -> State:
-        """What the readout sees."""
-        state = self.run(self.embedding, inside(self.embedding), graph)
-        for block in self.blocks:
-            state = self.run(block, inside(block), state, graph)
-        return state
-
-    def atom_energies(self, graph: ExtendedGraph) -> Tensor:
-        """(V, 1) what each atom adds to the energy of its system, normalised."""
-        return self.readout.atom_energies(self.state(graph), graph)

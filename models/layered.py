@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from egnscale.models.graph import ExtendedGraph
 from egnscale.models.remake import remaking
 
 #: Calls `function(*args)`, which uses a layer's parameters: (layer, function, *args). Others may recompute it in
@@ -15,7 +16,8 @@ Run = Callable[..., Any]
 
 
 def call(layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
+    """The plain `Run`; through the module that holds the layer's parameters, where it is another one."""
+    return function(*args) if inside(layer) is layer else layer(function, *args)
 
 
 def inside(layer: nn.Module) -> nn.Module:
@@ -29,6 +31,10 @@ class LayeredModel(nn.Module):
     A State is a NamedTuple of tensors and of further tuples.
     """
 
+    embedding: nn.Module
+    blocks: nn.ModuleList
+    readout: Any
+
     #: Context in which what is cheap to make again (`cheap`) is not kept for the backward pass.
     remaking = staticmethod(remaking)
 
@@ -39,5 +45,16 @@ class LayeredModel(nn.Module):
         self.run: Run = call
 
     @property
-    def layers(self) -> list[nn.Module]:
-        raise NotImplementedError
+    def layers(self) -> list[Any]:
+        """The model as a list: the first takes the graph, the others (State, graph)."""
+        return [self.embedding, *self.blocks, self.readout]
+
+    def state(self, graph: ExtendedGraph) -> Any:
+        """What the readout sees."""
+        state = self.run(self.embedding, inside(self.embedding), graph)
+        for block in self.blocks:
+            state = self.run(block, inside(block), state, graph)
+        return state
+
+    def forward(self, graph: ExtendedGraph) -> Any:
+        return self.readout(self.state(graph), graph)

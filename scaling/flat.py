@@ -41,11 +41,6 @@ class FlatLayer(nn.Module):
         return self
 
 
-def run_flat(layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """`Run` for models whose layers are flat."""
-    return layer(function, *args) if isinstance(layer, FlatLayer) else function(*args)
-
-
 def flatten_layers(model: Any) -> None:
     """Let DeepSpeed see one module for each layer of a model; forward and the names of parameters stay the same."""
     layers = {id(layer): FlatLayer(layer) for layer in model.layers if any(True for _ in layer.parameters())}
@@ -53,4 +48,3 @@ def flatten_layers(model: Any) -> None:
         for name, child in list(parent.named_children()):
             if id(child) in layers:
                 setattr(parent, name, layers[id(child)])
-    model.run = run_flat

@@ -13,13 +13,14 @@ does the work: DeepSpeed's refuses to be differentiated twice, or gives wrong gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from egnscale.scaling.collectives import GraphGroup
@@ -81,11 +82,13 @@ class Replayed:
             return self.run(layer, *args)
 
         def replay(*tensors: Tensor) -> Any:
-            return _replayed_first(self.run(layer, *_filled(args_without, iter(tensors))), tensors)
+            return _replayed_first(self.run(layer, *tree_unflatten(_filled(others, tensors), structure)), tensors)
 
         # Tensors are handed over one by one, so that autograd keeps them as it keeps any other; the rest stays behind.
-        tensors: list[Tensor] = []
-        args_without = _emptied(args, tensors)
+        leaves, structure = tree_flatten(args)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        others = [_HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        del leaves
         with set_checkpoint_early_stop(False):
             return checkpoint(
                 replay,
@@ -103,11 +106,9 @@ def _replayed_first(result: Any, given: tuple[Tensor, ...]) -> Any:
     parameters of that operation's module, and a replay would give them back too early. With it, replays are at the same
     place on all ranks by construction. Gradients flow as they did: a function in between would round them elsewhere.
     """
-    tensors: list[Tensor] = []
-    _emptied(result, tensors)
     before = {id(x) for x in given}
-    for x in tensors:
-        if x.requires_grad and id(x) not in before:
+    for x in tree_leaves(result):
+        if isinstance(x, Tensor) and x.requires_grad and id(x) not in before:
             # An operation on nothing, which like all others in the layer has not kept what it saved.
             operation = x.new_zeros(0).requires_grad_().exp().grad_fn
             x.register_hook(partial(_ask, operation))
@@ -137,20 +138,7 @@ class _CountedAsReplay:
 _HOLE = object()
 
 
-def _emptied(value: Any, tensors: list[Tensor]) -> Any:
-    """A value made of tuples with its tensors taken out, in order, into `tensors`."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return _HOLE
-    return _like(value, [_emptied(part, tensors) for part in value]) if isinstance(value, tuple) else value
-
-
-def _filled(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """The inverse of `_emptied`."""
-    if value is _HOLE:
-        return next(tensors)
-    return _like(value, [_filled(part, tensors) for part in value]) if isinstance(value, tuple) else value
-
-
-def _like(value: tuple, parts: list) -> tuple:
-    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+def _filled(leaves: list[Any], tensors: tuple[Tensor, ...]) -> list[Any]:
+    """Leaves with tensors in place of the holes, in order."""
+    rest = iter(tensors)
+    return [next(rest) if leaf is _HOLE else leaf for leaf in leaves]

@@ -21,6 +21,7 @@ from egnscale.models import AtomModel, ExtendedGraph, layers
 from egnscale.models.dual import dual_energies, with_tangents
 from egnscale.models.layers import linear
 from egnscale.scaling.flat import flatten_layers
+from egnscale.scaling.recompute import set_recompute
 
 MODELS = {
     "gemnet_t, block": {"name": "gemnet_t", "triplet_form": "block"},
@@ -81,6 +82,25 @@ def test_flat_layers_change_neither_names_nor_gradients(name: str) -> None:
     for parameter in model.parameters():
         parameter.data.zero_()
     assert not model(graph.to("cpu", torch.float32)).energy.detach().any()
+
+
+@pytest.mark.parametrize("flat_first", [True, False])
+@pytest.mark.parametrize("how, calls", [("none", 2), ("block", 4)])
+def test_flat_layers_are_recomputed_in_whichever_order_it_was_said(how: Any, calls: int, flat_first: bool) -> None:
+    """A pass for forces and one on dual numbers, each of them twice where it is recomputed."""
+    model = conservative("dimenetplusplus")
+    graph = graph_for(model, structures.slab())
+    wanted = double_backward(model, graph)
+    if flat_first:
+        flatten_layers(model)
+    set_recompute(model, how)
+    if not flat_first:
+        flatten_layers(model)
+    called: list[int] = []
+    for holder in model.blocks:
+        holder.register_forward_pre_hook(lambda *_: called.append(1))
+    assert largest_error(reverse_over_forward(model, graph), wanted) < 1e-10
+    assert len(called) == calls * len(model.blocks)
 
 
 def states(model: AtomModel, graph: ExtendedGraph) -> list[Any]:
