@@ -20,24 +20,14 @@ from report import environment, table, write
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from oc20_files import FILES, checkpoint, reference
+from public_reference import structures
 
 from egnscale.data.batch import build_graph
-from egnscale.data.sample import Sample
 from egnscale.launch.loading import graph_spec
 from egnscale.launch.oc20_import import import_oc20
 from egnscale.launch.run_files import load_trained
 
 TITLES = {"gemnet_t": "GemNet-T", "dimenetplusplus": "DimeNet++"}
-
-
-def structures(arrays: dict[str, np.ndarray]) -> list[Sample]:
-    made = []
-    for system, cell in enumerate(arrays["cell"]):
-        atoms = arrays["batch"] == system
-        none = np.zeros(atoms.sum(), dtype=np.int64)
-        numbers, positions = arrays["atomic_numbers"][atoms], arrays["positions"][atoms]
-        made.append(Sample(numbers, positions, cell, np.ones(3, dtype=bool), none, none.astype(bool)))
-    return made
 
 
 def differences(architecture: str, folder: Path) -> dict[str, tuple[float, float]]:

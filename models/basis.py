@@ -48,13 +48,18 @@ class GaussianBasis(nn.Module):
         return polynomial_envelope(x, self.envelope_exponent)[:, None] * gaussians
 
 
+def initial_frequencies(num_radial: int) -> nn.Parameter:
+    """(num_radial,) k pi, k = 1, 2, ...: trainable frequencies of waves that vanish at x = 1."""
+    return nn.Parameter(math.pi * torch.arange(1, num_radial + 1, dtype=torch.get_default_dtype()))
+
+
 class SphericalBesselBasis(nn.Module):
     """u(x) sqrt(2 / cutoff^3) sin(w_k x) / x with trainable w_k, initially k pi. (E,) -> (E, num_radial)."""
 
     def __init__(self, num_radial: int, cutoff: float, envelope_exponent: int = 5) -> None:
         super().__init__()
         self.cutoff, self.envelope_exponent = cutoff, envelope_exponent
-        self.frequencies = nn.Parameter(math.pi * torch.arange(1, num_radial + 1, dtype=torch.get_default_dtype()))
+        self.frequencies = initial_frequencies(num_radial)
 
     def forward(self, distance: Tensor) -> Tensor:
         x = (distance / self.cutoff)[:, None]
@@ -84,7 +89,7 @@ class SineBasis(nn.Module):
     def __init__(self, num_radial: int, cutoff: float, envelope_exponent: int = 5) -> None:
         super().__init__()
         self.cutoff, self.envelope_exponent = cutoff, envelope_exponent
-        self.frequencies = nn.Parameter(math.pi * torch.arange(1, num_radial + 1, dtype=torch.get_default_dtype()))
+        self.frequencies = initial_frequencies(num_radial)
 
     def forward(self, distance: Tensor) -> Tensor:
         x = (distance / self.cutoff)[:, None]

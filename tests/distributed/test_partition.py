@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import shared_graphs
 import structures
 import torch
 from spawn import spawn
@@ -18,7 +19,7 @@ from torch import Tensor
 from egnscale.data.batch import build_graph, cell_coordinates
 from egnscale.data.neighbors import GraphSpec
 from egnscale.data.sample import Sample
-from egnscale.models import ExtendedGraph, GemNetT, Prediction, build_model
+from egnscale.models import ExtendedGraph, GemNetT, build_model
 from egnscale.models.graph import EdgeBuckets, LeavingEdges
 from egnscale.models.scale_factors import fit_scale_factors
 from egnscale.scaling import collectives, partition
@@ -35,20 +36,10 @@ WIDTHS = {"narrow atoms": {}, "wide atoms": {"emb_size_atom": 20}}
 
 
 def cases() -> dict[str, list[Sample]]:
-    return {
-        "small slab": [structures.slab()],
+    return shared_graphs.cases() | {
         "large slab": [structures.slab(size=(14, 14, 5))],
-        "mixed batch": [
-            structures.far_apart("O"),
-            structures.slab("fcc211"),
-            structures.water(periodic=False),
-            structures.crystal(),
-            structures.slab(size=(2, 2, 4), seed=3),
-        ],
         "fewer atoms than ranks": [structures.water(periodic=True)],
         "one atom and its images": [structures.crystal()],
-        "isolated atoms": [structures.far_apart(*"OHCNOHCNOHCN")],
-        "nothing": [],
     }
 
 
@@ -72,10 +63,7 @@ def one_way(graph: ExtendedGraph) -> ExtendedGraph:
 
 
 def part_of(mesh: Any, samples: list[Sample]) -> ExtendedGraph:
-    graph = whole_graph(samples)
-    if mesh.layout.graph == 1:
-        return graph
-    return mesh.place(partition_by_owner(graph, cell_coordinates(samples), mesh.layout.graph, mesh.graph_rank)[0])
+    return shared_graphs.part_of(mesh, whole_graph(samples), samples)
 
 
 def model(widths: str = "narrow atoms") -> GemNetT:
@@ -83,37 +71,12 @@ def model(widths: str = "narrow atoms") -> GemNetT:
     return build_model(**{**SIZES, **WIDTHS[widths]}, cutoff=4.0).double()
 
 
-def loss(prediction: Prediction, graph: ExtendedGraph) -> Tensor:
-    """Something that weighs every output, the same on all ranks that share the graph."""
-    weights = torch.arange(1.0, graph.num_systems + 1, dtype=torch.float64)
-    forces = graph.partition.total((prediction.forces - 0.1).square().sum(1, keepdim=True))[:, 0]
-    return (weights * (prediction.energy.square() + prediction.energy + forces)).sum()
-
-
-def gradients(network: GemNetT, graph: ExtendedGraph) -> tuple[Prediction, dict[str, Tensor]]:
-    prediction = network(graph)
-    found = torch.autograd.grad(loss(prediction, graph), list(network.parameters()))
-    names = (name for name, _ in network.named_parameters())
-    return prediction, dict(zip(names, found, strict=True))
-
-
 def error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-3))
 
 
 def largest_error(mesh: Any, samples: list[Sample], widths: str) -> float:
-    """Of energies, forces and all parameter gradients, against one process."""
-    import torch.distributed as dist
-
-    network = model(widths)
-    wanted, wanted_gradients = gradients(network, whole_graph(samples))
-    graph = part_of(mesh, samples)
-    found, found_gradients = gradients(network, graph)
-    errors = [error(found.energy, wanted.energy), error(mesh.collect(found.forces, graph), wanted.forces)]
-    for name, gradient in found_gradients.items():
-        dist.all_reduce(gradient)  # what DeepSpeed does: the mean over all ranks
-        errors.append(error(gradient / mesh.layout.size, wanted_gradients[name]))
-    return max(errors)
+    return shared_graphs.largest_error(mesh, model(widths), whole_graph(samples), samples, floor=1e-3)
 
 
 # The verbs

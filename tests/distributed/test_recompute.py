@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import shared_graphs
 import small_models
 import structures
 import torch
@@ -16,12 +17,10 @@ from kept import Made, kept_bytes
 from spawn import spawn
 from torch import Tensor
 
-from egnscale.data.batch import cell_coordinates
 from egnscale.data.sample import Sample
-from egnscale.models import AtomModel, ExtendedGraph, Prediction, count_parameters
+from egnscale.models import AtomModel, ExtendedGraph, count_parameters
 from egnscale.scaling import collectives
 from egnscale.scaling.ds_config import complete_ds_config, read_ds_config
-from egnscale.scaling.partition import partition_by_owner
 from egnscale.scaling.recompute import set_recompute
 
 WORLDS = (2, 3)
@@ -39,39 +38,12 @@ def models() -> dict[str, AtomModel]:
     }
 
 
-def cases() -> dict[str, list[Sample]]:
-    return {
-        "small slab": [structures.slab()],
-        "mixed batch": [
-            structures.far_apart("O"),
-            structures.slab("fcc211"),
-            structures.water(periodic=False),
-            structures.crystal(),
-            structures.slab(size=(2, 2, 4), seed=3),
-        ],
-        "fewer atoms than ranks": [structures.far_apart("H"), structures.crystal()],
-        "isolated atoms": [structures.far_apart(*"OHCNOHCNOHCN")],
-        "nothing": [],
-    }
-
-
 def part_of(mesh: Any, network: AtomModel, samples: list[Sample]) -> ExtendedGraph:
-    whole = small_models.graph_for(network, *samples)
-    return mesh.place(partition_by_owner(whole, cell_coordinates(samples), mesh.layout.graph, mesh.graph_rank)[0])
-
-
-def loss(prediction: Prediction, graph: ExtendedGraph) -> Tensor:
-    """Something that weighs every output, the same on all ranks that share the graph."""
-    found = prediction.energy.square() + prediction.energy
-    if prediction.forces is not None:
-        found = found + graph.partition.total((prediction.forces - 0.1).square().sum(1, keepdim=True))[:, 0]
-    return found.sum()
+    return shared_graphs.part_of(mesh, small_models.graph_for(network, *samples), samples)
 
 
 def gradients(network: AtomModel, graph: ExtendedGraph) -> dict[str, Tensor]:
-    prediction = network(graph)
-    found = torch.autograd.grad(loss(prediction, graph), list(network.parameters()))
-    return dict(zip((name for name, _ in network.named_parameters()), found, strict=True))
+    return shared_graphs.gradients(network, graph)[1]
 
 
 def differing(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
@@ -97,7 +69,7 @@ def on_rank(world: Any) -> dict[str, Any]:
     sent: dict[str, Counter[str]] = {}
     for name, network in models().items():
         mesh.name_layers(network.layers)
-        for case, samples in cases().items():
+        for case, samples in shared_graphs.cases().items():
             graph = part_of(mesh, network, samples)
             set_recompute(network, "none")
             wanted = gradients(network, graph)
@@ -110,7 +82,7 @@ def on_rank(world: Any) -> dict[str, Any]:
                     for site, tally in mesh.traffic().items():
                         of_blocks[site.direction] += tally.calls if site.layer.endswith(" Block") else 0
     network = models()["gemnet"]
-    graph = part_of(mesh, network, cases()["small slab"])
+    graph = part_of(mesh, network, shared_graphs.cases()["small slab"])
     wanted = gradients(network, graph)
     set_recompute(network, "block", group)
     collectives._Flight.arrive = nothing_comes  # type: ignore[method-assign]

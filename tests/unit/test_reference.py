@@ -6,21 +6,14 @@ public symmetrisation. Its gaussians were made with coefficient and centers roun
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
 import oracle
 import pytest
 import torch
+from public_reference import PublicReference
 from torch import Tensor
 
-from egnscale.data.batch import build_graph
 from egnscale.data.neighbors import GraphSpec
-from egnscale.data.sample import Sample
-from egnscale.models import ExtendedGraph, GemNetT, Prediction, build_model
-from egnscale.models.oc20_names import to_our_names
+from egnscale.models import GemNetT, build_model
 
 TOLERANCE = 1e-10
 SIZES = (
@@ -29,17 +22,9 @@ SIZES = (
 )
 
 
-@dataclass
-class Reference:
-    """The file's arrays, and the graph built from its structures."""
-
-    arrays: dict[str, Tensor]
-    config: dict
-    graph: ExtendedGraph
-
-    def under(self, prefix: str) -> dict[str, Tensor]:
-        """Parameters or their gradients, under our names."""
-        return to_our_names({k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)})
+class Reference(PublicReference):
+    def __init__(self) -> None:
+        super().__init__("gemnet_t", GraphSpec(symmetrize="oc20"))
 
     def model(self, **hyperparameters: str) -> GemNetT:
         model = build_model(**{name: self.config[name] for name in SIZES}, **hyperparameters).double()
@@ -53,42 +38,19 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
-    path = Path(__file__).parents[1] / "reference" / "gemnet_tiny_unfitted.npz"
-    with np.load(path, allow_pickle=False) as file:
-        config = json.loads(str(file["cfg"]))
-        arrays = {name: torch.as_tensor(file[name]) for name in file.files if file[name].dtype.kind in "fi"}
-    samples = []
-    for system, cell in enumerate(arrays["cell"].numpy()):
-        atoms = (arrays["batch"] == system).numpy()
-        numbers, positions = arrays["atomic_numbers"].numpy()[atoms], arrays["positions"].numpy()[atoms]
-        none = np.zeros(len(numbers), dtype=np.int64)
-        samples.append(Sample(numbers, positions, cell, np.ones(3, dtype=bool), none, none.astype(bool)))
-    return Reference(arrays, config, build_graph(samples, GraphSpec(symmetrize="oc20"), torch.float64))
-
-
-def relative_errors(reference: Reference, model: GemNetT, prediction: Prediction) -> dict[str, float]:
-    """|ours - theirs| / |theirs| of energies, forces and the gradient of every parameter."""
-    arrays = reference.arrays
-    loss = (arrays["we"] * prediction.energy).sum() + (arrays["wf"] * prediction.forces).sum()
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    ours = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-    theirs = reference.under("grad64/")
-    assert set(ours) == set(theirs)
-    ours |= {"energy": prediction.energy.detach(), "forces": prediction.forces.detach()}
-    theirs |= {"energy": arrays["energy64"], "forces": arrays["forces64"]}
-    return {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours}
+    return Reference()
 
 
 @pytest.mark.parametrize("form", ["auto", "block", "harmonic"])
 def test_energies_forces_and_gradients_are_those_of_the_public_implementation(reference: Reference, form: str) -> None:
     model = reference.model(triplet_form=form)
-    errors = relative_errors(reference, model, model(reference.graph))
+    errors = reference.relative_errors(model, model(reference.graph))
     assert {name: error for name, error in errors.items() if not error < TOLERANCE} == {}
 
 
 def test_the_oracle_agrees_too(reference: Reference) -> None:
     model = reference.model()
-    errors = relative_errors(reference, model, oracle.gemnet(model, reference.graph))
+    errors = reference.relative_errors(model, oracle.gemnet(model, reference.graph))
     assert max(errors.values()) < TOLERANCE
 
 
@@ -97,7 +59,7 @@ def test_one_weight_off_by_a_little_is_noticed(reference: Reference) -> None:
     model = reference.model()
     model.blocks[1].interaction.trip_interaction.mlp_cbf[3, 1, 2] += 1e-6
     with torch.enable_grad():
-        errors = relative_errors(reference, model, model(reference.graph))
+        errors = reference.relative_errors(model, model(reference.graph))
     assert errors["energy"] > TOLERANCE
     assert errors["forces"] > TOLERANCE
     # Gradients of the outputs before that weight do not change: the loss is linear.

@@ -6,46 +6,25 @@ Zeros and norms of its Bessel functions were rounded to fp32, which is reproduce
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import oracle_dimenet
 import pytest
 import torch
+from public_reference import PublicReference
 from scipy.special import jv
 from torch import Tensor
 
-from egnscale.data.batch import build_graph
 from egnscale.data.neighbors import GraphSpec
-from egnscale.data.sample import Sample
-from egnscale.models import DimeNetPlusPlus, ExtendedGraph, Prediction, build_model
+from egnscale.models import DimeNetPlusPlus, ExtendedGraph, build_model
 from egnscale.models.basis import bessel_series, bessel_zeros
-from egnscale.models.oc20_names import to_our_names
 
 TOLERANCE = 1e-10
 NOT_OURS = ("otf_graph", "regress_forces", "use_pbc")
 
 
-class Reference:
+class Reference(PublicReference):
     def __init__(self) -> None:
-        path = Path(__file__).parents[1] / "reference" / "dimenetpp_tiny.npz"
-        with np.load(path, allow_pickle=False) as file:
-            self.config = json.loads(str(file["cfg"]))
-            self.arrays = {name: torch.as_tensor(file[name]) for name in file.files if file[name].dtype.kind in "fi"}
-        samples = []
-        for system, cell in enumerate(self.arrays["cell"].numpy()):
-            atoms = (self.arrays["batch"] == system).numpy()
-            numbers = self.arrays["atomic_numbers"].numpy()[atoms]
-            none = np.zeros(len(numbers), dtype=np.int64)
-            positions = self.arrays["positions"].numpy()[atoms]
-            samples.append(Sample(numbers, positions, cell, np.ones(3, dtype=bool), none, none.astype(bool)))
-        self.graph = build_graph(samples, GraphSpec(symmetrize="none", leaving=True), torch.float64)
-
-    def under(self, prefix: str) -> dict[str, Tensor]:
-        """Parameters or their gradients, under our names."""
-        public = {name.removeprefix(prefix): v for name, v in self.arrays.items() if name.startswith(prefix)}
-        return to_our_names(public)
+        super().__init__("dimenetplusplus", GraphSpec(symmetrize="none", leaving=True))
 
     def model(self, **hyperparameters: str) -> DimeNetPlusPlus:
         sizes = {name: value for name, value in self.config.items() if name not in NOT_OURS}
@@ -69,27 +48,14 @@ def reference() -> Reference:
     return Reference()
 
 
-def relative_errors(reference: Reference, model: DimeNetPlusPlus, prediction: Prediction) -> dict[str, float]:
-    """|ours - theirs| / |theirs| of energies, forces and the gradient of every parameter."""
-    arrays = reference.arrays
-    loss = (arrays["we"] * prediction.energy).sum() + (arrays["wf"] * prediction.forces).sum()
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    ours = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-    theirs = reference.under("grad64/")
-    assert set(ours) == set(theirs)
-    ours |= {"energy": prediction.energy.detach(), "forces": prediction.forces.detach()}
-    theirs |= {"energy": arrays["energy64"], "forces": arrays["forces64"]}
-    return {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours}
-
-
 def test_energies_forces_and_gradients_are_those_of_the_public_implementation(reference: Reference) -> None:
     model = reference.model()
-    errors = relative_errors(reference, model, model(reference.graph))
+    errors = reference.relative_errors(model, model(reference.graph))
     assert {name: error for name, error in errors.items() if not error < TOLERANCE} == {}
 
 
 def test_exact_angles_are_not_its(reference: Reference) -> None:
-    errors = relative_errors(reference, model := reference.model(angles="exact"), model(reference.graph))
+    errors = reference.relative_errors(model := reference.model(angles="exact"), model(reference.graph))
     assert errors["energy"] < TOLERANCE
     assert errors["forces"] > 1e-3
 
@@ -97,7 +63,7 @@ def test_exact_angles_are_not_its(reference: Reference) -> None:
 @pytest.mark.parametrize("angle", ["", "arctangent"])
 def test_the_oracle_is_the_public_implementation_but_for_rounding(reference: Reference, angle: str) -> None:
     model = reference.model()
-    errors = relative_errors(reference, model, oracle_dimenet.dimenet(model, reference.graph, angle=angle))
+    errors = reference.relative_errors(model, oracle_dimenet.dimenet(model, reference.graph, angle=angle))
     assert max(errors.values()) < 1e-5
 
 
@@ -105,7 +71,7 @@ def test_one_weight_off_by_a_little_is_noticed(reference: Reference) -> None:
     model = reference.model()
     with torch.no_grad():
         model.blocks[1].interaction.lin_sbf1.weight[3, 17] += 1e-6
-    errors = relative_errors(reference, model, model(reference.graph))
+    errors = reference.relative_errors(model, model(reference.graph))
     assert errors["energy"] > TOLERANCE
     assert errors["forces"] > TOLERANCE
 
