@@ -15,7 +15,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +77,10 @@ class OneByOne:
     def __call__(self, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
         """Final energies in eV, and steps."""
         energies, steps = [], []
-        settings = self.options.optimizer
         for sample in samples:
             atoms = sample.to_atoms()
             atoms.calc = self.calculator
-            optimizer = LBFGS(
-                atoms,
-                logfile=None,
-                memory=settings.memory,
-                damping=settings.damping,
-                alpha=settings.alpha,
-                maxstep=settings.maxstep,
-            )
+            optimizer = LBFGS(atoms, logfile=None, **asdict(self.options.optimizer))
             optimizer.run(fmax=self.options.fmax, steps=self.options.steps)
             energies.append(atoms.get_potential_energy())
             steps.append(optimizer.nsteps)

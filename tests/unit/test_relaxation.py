@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,15 +74,7 @@ class Emt:
 def one_by_one(sample: Sample, options: RelaxOptions) -> tuple[Atoms, int, bool]:
     atoms = sample.to_atoms()
     atoms.calc = EMT()
-    settings = options.optimizer
-    optimizer = AseLBFGS(
-        atoms,
-        logfile=None,
-        memory=settings.memory,
-        damping=settings.damping,
-        alpha=settings.alpha,
-        maxstep=settings.maxstep,
-    )
+    optimizer = AseLBFGS(atoms, logfile=None, **asdict(options.optimizer))
     converged = optimizer.run(fmax=options.fmax, steps=options.steps)
     return atoms, optimizer.nsteps, bool(converged)
 
