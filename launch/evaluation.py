@@ -86,7 +86,8 @@ def _evaluate(
     record: OfBatch = lambda prediction, graph, batch: None,
     observe: Callable[[AtomBatch], None] = lambda batch: None,
 ) -> dict[str, float]:
-    """
+    """What metrics come to over all batches; what the two above have in common.
+
     Args:
         add: gives the metrics a batch: called with (prediction in eV and eV/A, graph, batch).
         place: puts a graph on the device (`Mesh.place`; None: that is all).
