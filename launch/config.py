@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from egnscale.launch.config_file import apply_overrides, explain, known_keys, read_mapping
+from egnscale.scaling.combinations import Offload, Precision, Recompute, SecondOrder
 
 #: Names that OC20's YAMLs and other programs use for what has another name, or another place, here.
 _ELSEWHERE = {
@@ -403,13 +404,16 @@ class ParallelConfig(_Section):
     graph: Size = Field(default=1, description="ranks that share each graph; consecutive ones, of one node if they fit")
     pipe: Size = Field(default=1, description="pipeline stages")
     zero: Annotated[Whole, Field(ge=0, le=3)] = Field(default=0, description="DeepSpeed's ZeRO stage, 0..3")
-    recompute: Literal["none", "selective", "block"] = Field(
+    recompute: Recompute = Field(
         default="none",
         description="what is made again in the backward pass: none, selective (what is cheap) or block (every layer)",
     )
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="precision of matrix products")
-    offload: Literal["none"] = Field(default="none", description="what is kept in host memory")
-    second_order: Literal["auto", "double_backward", "reverse_over_forward"] = Field(
+    precision: Precision = Field(default="fp32", description="precision of matrix products")
+    offload: Offload = Field(
+        default="none",
+        description="what is kept in host memory (optimizer; parameters: these too) or on a disk (nvme: both)",
+    )
+    second_order: Literal["auto"] | SecondOrder = Field(
         default="auto",
         description="how conservative forces are trained; auto is double_backward, under ZeRO-3 reverse_over_forward",
     )

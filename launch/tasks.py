@@ -6,7 +6,7 @@ Normalised targets, OC20's losses, physical predictions.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,7 @@ from egnscale.launch.metrics import s2ef_loss
 from egnscale.models import ExtendedGraph, Prediction
 from egnscale.models.dual import dual_energies
 from egnscale.models.forces import EnergyModel
-
-#: How conservative forces are trained on: the gradient of a gradient, or one of a directional derivative.
-SecondOrder = Literal["double_backward", "reverse_over_forward"]
+from egnscale.scaling.combinations import SecondOrder
 
 
 @dataclass(frozen=True)

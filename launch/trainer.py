@@ -38,15 +38,16 @@ from egnscale.launch.run_files import (
     start_weights,
 )
 from egnscale.launch.schedules import build_schedule
-from egnscale.launch.tasks import IS2RE, S2EF, Normalizer, SecondOrder
+from egnscale.launch.tasks import IS2RE, S2EF, Normalizer
 from egnscale.models import AtomModelConfig, ExtendedGraph, Prediction, build_model, count_parameters, model_config
 from egnscale.models.scale_factors import fit_scale_factors, unfitted
 from egnscale.scaling.agreement import check_agreement, run_facts
 from egnscale.scaling.checkpoint import LATEST, find_checkpoint, save_checkpoint, verify_checkpoint, write_text
 from egnscale.scaling.collectives import added
+from egnscale.scaling.combinations import Combination
 from egnscale.scaling.ds_config import complete_ds_config, read_ds_config
 from egnscale.scaling.ema import ExponentialMovingAverage
-from egnscale.scaling.engine import Engine, World, gather_over_ranks, once, sum_over_ranks
+from egnscale.scaling.engine import Engine, World, computes_in_fp16, gather_over_ranks, once, sum_over_ranks
 from egnscale.scaling.flat import flatten_layers
 from egnscale.scaling.layout import Mesh
 from egnscale.scaling.recompute import set_recompute
@@ -110,6 +111,7 @@ class Trainer:
         if config.task.init_from is not None and resumed is None:
             start = load_trained(config.task.init_from)
         self.model_config = self._model_config(start, resumed)
+        self.combination = self._combination()
         self._check_combination()
         elements, task = self.model_config.num_elements, config.task.name
         self.train_store = open_labelled(config.data.train, elements, task)
@@ -178,19 +180,22 @@ class Trainer:
             raise ValueError(f"task.init_from is a {before.name}, model.name says {given.name}; leave model.name out")
         return model_config(name=before.name, **{**asdict(before), **values})
 
+    def _combination(self) -> Combination:
+        parallel = self.config.parallel
+        return Combination(
+            forces=self.model_config.forces,
+            second_order=parallel.second_order,
+            zero=parallel.zero,
+            recompute=parallel.recompute,
+            precision=parallel.precision,
+            offload=parallel.offload,
+            fp16_device=computes_in_fp16(),
+        )
+
     def _check_combination(self) -> None:
         forces, name = self.model_config.forces, self.config.task.name
-        second_order = self.config.parallel.second_order
-        if forces != "conservative" and second_order != "auto":
-            raise ValueError(
-                f"parallel.second_order is {second_order}, but model.forces is {forces}, which needs no second "
-                "derivative; leave it out"
-            )
-        if second_order == "double_backward" and self.config.parallel.zero == 3:
-            raise ValueError(
-                "double_backward does not work under ZeRO-3: DeepSpeed has given parameters back when the second "
-                "derivative needs them; set parallel.second_order to reverse_over_forward, or parallel.zero below 3"
-            )
+        if (reason := self.combination.why_not()) is not None:
+            raise ValueError(reason)
         if forces == "none" and name == "s2ef":
             raise ValueError("task s2ef trains forces, and model.forces is none; choose direct or conservative")
         if forces != "none" and name == "is2re":
@@ -206,15 +211,8 @@ class Trainer:
             energy_coefficient=task.energy_coefficient,
             force_coefficient=task.force_coefficient,
             free_atoms_only=task.train_on_free_atoms,
-            second_order=self._second_order(),
+            second_order=self.combination.chosen_second_order,
         )
-
-    def _second_order(self) -> SecondOrder:
-        chosen = self.config.parallel.second_order
-        if chosen != "auto":
-            return chosen
-        needed = self.model_config.forces == "conservative" and self.config.parallel.zero == 3
-        return "reverse_over_forward" if needed else "double_backward"
 
     def _make_directory(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

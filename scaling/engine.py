@@ -30,6 +30,7 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 logging.getLogger("torch.distributed").setLevel(logging.ERROR)
 
 import deepspeed  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
@@ -125,6 +126,11 @@ def _launcher_environment() -> Iterator[bool]:
     finally:
         for key in alone:
             os.environ.pop(key, None)
+
+
+def computes_in_fp16() -> bool:
+    """Whether DeepSpeed trains in fp16 on this process's device."""
+    return bool(get_accelerator().is_fp16_supported())
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
