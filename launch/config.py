@@ -409,9 +409,10 @@ class ParallelConfig(_Section):
         description="what is made again in the backward pass: none, selective (what is cheap) or block (every layer)",
     )
     precision: Precision = Field(default="fp32", description="precision of matrix products")
-    offload: Offload = Field(
-        default="none",
-        description="what is kept in host memory (optimizer; parameters: these too) or on a disk (nvme: both)",
+    offload: Offload | None = Field(
+        default=None,
+        description="what is kept in host memory (optimizer; parameters: these too) or on a disk (nvme: both); "
+        "null: what the DeepSpeed configuration says",
     )
     second_order: Literal["auto"] | SecondOrder = Field(
         default="auto",
