@@ -232,9 +232,8 @@ class _Plain:
             gradients = self.each(4, GRADIENTS)
             self.make_moments()
             self.ledger.drop(*gradients)
-        self.average()
-
-    def average(self) -> None:
+            self.ledger.drop(*self.moments)  # undone (`egnscale.scaling.engine`)
+            self.moments.clear()
         if self.states.averaged:
             self.each(4, AVERAGES)
 
@@ -310,8 +309,6 @@ class _Plain:
             self.copy_for_a_moment(largest, CHECKPOINT)
             return
         self.copy_for_a_moment(max(min(whole, FILE_BYTES), largest), CHECKPOINT)
-        if not states.averaged and (self.low or states.combination.zero == 3):
-            self.copy_for_a_moment(4 * states.count, CHECKPOINT)
 
 
 class _Sharded(_Plain):
@@ -330,7 +327,8 @@ class _Sharded(_Plain):
             if self.low:
                 self.copy_for_a_moment(states.shard * 2, MASTERS)
             ledger.add(states.shard * 4, MASTERS)
-        self.average()
+        if states.averaged:
+            ledger.add(4 * states.shard, AVERAGES)
         self.shard_of_gradients: int | None = None
 
     @property
