@@ -1,15 +1,13 @@
 """How much memory an allocator takes from the system for a sequence of allocations: more than is alive at any time.
 
-Freed memory is not always given back. On the CPU, glibc keeps what lies below something that is still in use; on CUDA,
-torch keeps every block that it ever had. How much that is follows from sizes and order, so the sequence is gone
-through with the allocators' own rules. Addresses and counts are in bytes.
-
-Sources: glibc's malloc.c (dlmalloc: best fit, coalescing, dynamic mmap threshold, trimming of the top);
-torch's CUDACachingAllocator.cpp (two pools, 2 and 20 MiB segments, best fit, splitting).
+On CUDA torch keeps every block that it ever had, so the sequence is gone through with its allocator's own rules
+(CUDACachingAllocator.cpp: two pools, 2 and 20 MiB segments, best fit, splitting). On a CPU it depends on glibc's heap.
+Addresses and counts are in bytes.
 """
 
 from __future__ import annotations
 
+import ctypes
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from typing import Protocol
@@ -51,11 +49,6 @@ class _Chunks:
             return None
         return self.by_start[self.free_ones.pop(at)[1]]
 
-    def peek(self, size: int) -> int | None:
-        """The size of the chunk that `best` would give."""
-        at = bisect_left(self.free_ones, (size, -1))
-        return None if at == len(self.free_ones) else self.free_ones[at][0]
-
     def split(self, chunk: _Chunk, size: int) -> None:
         """Keep `size` bytes of a chunk and let the rest be free."""
         rest = _Chunk(chunk.start + size, chunk.size - size, before=chunk, after=chunk.after)
@@ -86,73 +79,36 @@ class _Chunks:
         chunk.free = False
 
 
-class GlibcHeap:
-    """The main arena of glibc's malloc with its default settings, for tensors: 64-byte aligned."""
+class Pages:
+    """A CPU process that gives freed memory back at once: whole pages of what is alive."""
 
-    ALIGNMENT = 64 + 32  #: what posix_memalign and a chunk's header add
     PAGE = 4 * KIB
-    TOP_PAD = 128 * KIB
-    LARGEST_THRESHOLD = 32 * MIB
-    SMALLEST_SPLIT = 32
 
     def __init__(self) -> None:
         self.taken = self.peak = 0
-        self.mmap_threshold = 128 * KIB
-        self.trim_threshold = 128 * KIB
-        self._chunks = _Chunks()
-        self._last: _Chunk | None = None  # the chunk below the top
-        self._top = 0  # where the top begins
-        self._top_size = 0
-        self._where: dict[int, _Chunk | int] = {}  # a chunk, or the size of a mapping of its own
+        self._sizes: dict[int, int] = {}
 
     def allocate(self, key: int, size: int) -> None:
-        size = (size + self.ALIGNMENT + 15) // 16 * 16
-        chunk = self._chunks.best(size)
-        if chunk is not None:
-            chunk.free = False
-            if chunk.size - size >= self.SMALLEST_SPLIT:
-                was_last = chunk is self._last
-                self._chunks.split(chunk, size)
-                if was_last:
-                    self._last = chunk.after
-            self._where[key] = chunk
-        elif size > self._top_size and size >= self.mmap_threshold:
-            mapped = -(-size // self.PAGE) * self.PAGE
-            self._where[key] = mapped
-            self.taken += mapped
-        else:
-            if size > self._top_size:
-                more = -(-(size + self.TOP_PAD - self._top_size) // self.PAGE) * self.PAGE
-                self._top_size += more
-                self.taken += more
-            chunk = _Chunk(self._top, size, before=self._last)
-            if self._last is not None:
-                self._last.after = chunk
-            self._chunks.by_start[chunk.start] = chunk
-            self._last = chunk
-            self._top, self._top_size = self._top + size, self._top_size - size
-            self._where[key] = chunk
+        self._sizes[key] = size = -(-size // self.PAGE) * self.PAGE
+        self.taken += size
         self.peak = max(self.peak, self.taken)
 
     def free(self, key: int) -> None:
-        found = self._where.pop(key)
-        if isinstance(found, int):
-            self.taken -= found
-            if self.mmap_threshold < found <= self.LARGEST_THRESHOLD:
-                self.mmap_threshold, self.trim_threshold = found, 2 * found
-            return
-        chunk = self._chunks.release(found)
-        if chunk.after is None:
-            self._chunks.remove(chunk)
-            del self._chunks.by_start[chunk.start]
-            self._top, self._top_size = chunk.start, self._top_size + chunk.size
-            self._last = chunk.before
-            if self._last is not None:
-                self._last.after = None
-        if self._top_size >= self.trim_threshold:
-            spare = (self._top_size - self.TOP_PAD) // self.PAGE * self.PAGE
-            self._top_size -= spare
-            self.taken -= spare
+        self.taken -= self._sizes.pop(key)
+
+
+def give_back_at_once() -> bool:
+    """Let glibc map each tensor by itself from now on; returns whether this is glibc.
+
+    Otherwise aligned tensors leave holes in its heap that the next tensor of the same size does not fit into, and a
+    training step takes up to twice the memory of its tensors. Mapping them costs time: pages are made anew.
+    """
+    if not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return False
+    return bool(libc.mallopt(_M_MMAP_THRESHOLD, 64 * KIB))
+
+
+_M_MMAP_THRESHOLD = -3
 
 
 class CudaCache:

@@ -5,7 +5,7 @@ and of bytes read and written. Nothing is estimated: what autograd keeps, what b
 again, and the order of it all are those of the real step.
 
 A trace is a list of events. Gradients of parameters leave it as soon as they are complete, since what becomes of them
-depends on how optimizer states are sharded (`egnscale.scaling.memory`); the uses of modules' parameters are in it, since
+depends on how optimizer states are sharded (`egnscale.scaling.rank_memory`); the uses of modules' parameters are in it, since
 ZeRO-3 gathers them there.
 """
 
