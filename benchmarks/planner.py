@@ -38,7 +38,7 @@ MODELS = {
     "dt conservative": ["model.preset=gemnet-dt", "model.forces=conservative"],
     "dimenet++": ["model.preset=dimenet++-large"],
 }
-SLABS = {"dt": (3, 3, 4), "wide": (3, 3, 3), "dt conservative": (3, 3, 3), "dimenet++": (3, 3, 4)}
+SLABS = {"dt": (2, 2, 4), "wide": (2, 2, 3), "dt conservative": (2, 2, 4), "dimenet++": (3, 2, 4)}
 
 
 class Case(NamedTuple):
@@ -100,7 +100,7 @@ CASES = [
 
 def make_data(folder: Path) -> None:
     for model, size in SLABS.items():
-        samples = [labelled(slab(metal, size, seed=i), sid=i) for i, metal in enumerate(("Cu", "Ag"))]
+        samples = [labelled(slab(metal, size, seed=i), sid=i) for i, metal in enumerate(("Cu", "Cu"))]
         write_store(folder / model.replace(" ", "-"), samples)
 
 

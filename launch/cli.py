@@ -18,6 +18,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "data": ("egnscale.launch.data_command", "make, convert and inspect data sets"),
     "train": ("egnscale.launch.train_command", "train a model"),
+    "plan": ("egnscale.launch.plan_command", "foretell memory and time of a run, choose a layout"),
     "evaluate": ("egnscale.launch.evaluate_command", "evaluate a checkpoint on a data set"),
     "checkpoint": ("egnscale.launch.checkpoint_command", "exchange checkpoints with OC20's code, look into them"),
     "relax": ("egnscale.launch.relax_command", "relax structures with a trained model, many at once"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +17,21 @@ from egnscale.data.batch import AtomBatch, Collate
 from egnscale.data.dataset import Dataset
 from egnscale.data.sample import Sample
 from egnscale.data.sampler import BalancedBatchSampler
-from egnscale.launch.loading import PartCollate, graph_spec, sizes_for_balance
+from egnscale.launch.bench_comm import slab
+from egnscale.launch.config import RunConfig
+from egnscale.launch.loading import PartCollate, graph_spec, open_data, sizes_for_balance
+from egnscale.launch.run_files import read_trained
 from egnscale.launch.tasks import IS2RE, S2EF, Normalizer
-from egnscale.models import AtomModelConfig, ExtendedGraph, build_model
+from egnscale.models import AtomModelConfig, ExtendedGraph, build_model, count_parameters, model_config
 from egnscale.scaling.collectives import CountedGroup, added
-from egnscale.scaling.combinations import Combination, SecondOrder
+from egnscale.scaling.combinations import Combination, SecondOrder, every_combination
+from egnscale.scaling.ds_config import preset_name, read_ds_config
+from egnscale.scaling.engine import World
 from egnscale.scaling.flat import flatten_layers
-from egnscale.scaling.layout import SharedExchange
+from egnscale.scaling.layout import ParallelLayout, SharedExchange
 from egnscale.scaling.memory_trace import StepTrace, trace_step
+from egnscale.scaling.planner import ALLOWANCE, HEAP_FACTOR, PROCESS, Machine, Plan, gib, times
+from egnscale.scaling.rank_memory import States, peak_of_run
 from egnscale.scaling.recompute import set_recompute
 
 #: Micro-batches of an epoch that are looked at for the largest.
@@ -127,3 +137,312 @@ def _trace(
     sent = added(group.traffic.read().values()) if group is not None else added([])
     parameters = {name: p.numel() for name, p in objective.named_parameters() if p.requires_grad}
     return Traced(step, parameters, sent.bytes, sent.calls)
+
+
+#: Structures of about so many atoms, where there is no training set to look at.
+MADE_UP_ATOMS = 80
+
+
+class Planner:
+    """Plans of one run under different layouts, all with its global batch.
+
+    Args:
+        config: the run's.
+        model: its model.
+        machine: what it runs on.
+        store: its training set; None: made-up slabs.
+        ds_config: name or path of the DeepSpeed JSON; None takes the shipped one of each stage.
+        process: bytes of the process besides tensors; None takes `PROCESS`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: AtomModelConfig,
+        machine: Machine,
+        store: Dataset | None,
+        *,
+        atoms: int = MADE_UP_ATOMS,
+        ds_config: str | None = None,
+        process: int | None = None,
+    ) -> None:
+        self.config, self.model, self.machine, self.store, self.atoms = config, model, machine, store, atoms
+        self.ds_config = ds_config or config.parallel.deepspeed
+        self.process = PROCESS[machine.device] if process is None else process
+        with torch.device("meta"):
+            self.count = count_parameters(build_model(model))
+        self._workloads: dict[tuple[int, int, int], Workload] = {}
+
+    @classmethod
+    def of_config(cls, config: RunConfig, machine: Machine, atoms: int | None = None) -> Planner:
+        """From a configuration alone; where its training set is not there, for made-up slabs.
+
+        Raises:
+            ValueError: for a model that cannot be.
+        """
+        given = config.model
+        values = given.hyperparameters()
+        if config.task.name == "is2re":
+            values = {"forces": "none"} | values
+        if config.task.init_from is not None:
+            model = replace(read_trained(config.task.init_from).config, **values)
+        else:
+            model = model_config(given.preset, name=given.name, **values)
+        store = open_data(config.data.train) if atoms is None and config.data.train.exists() else None
+        return cls(config, model, machine, store, atoms=atoms or MADE_UP_ATOMS)
+
+    @property
+    def described(self) -> str:
+        """What the micro-batches are made of."""
+        if self.store is None:
+            return f"made-up slabs of {self.atoms} atoms"
+        return f"the micro-batch with the most edges of {self.config.data.train}"
+
+    def workload(self, micro_batch: int, layout: ParallelLayout) -> Workload:
+        key = micro_batch, layout.data, layout.graph
+        if key not in self._workloads:
+            if self.store is None:
+                samples = [slab(self.atoms, number) for number in range(micro_batch)]
+            else:
+                optim = self.config.optim
+                steps = None if optim.max_steps is None else optim.max_steps * optim.gradient_accumulation
+                chosen = largest_batch(
+                    self.store,
+                    balance=optim.load_balancing,
+                    batch_size=micro_batch,
+                    replicas=layout.data,
+                    seed=self.config.task.seed,
+                    micro_batches=steps,
+                )
+                samples = [self.store[index] for index in chosen]
+            self._workloads[key] = workload(samples, self.model, layout.graph)
+        return self._workloads[key]
+
+    def plan(self, layout: ParallelLayout, combination: Combination, micro_batch: int, accumulation: int) -> Plan:
+        """What one layout needs, and how long it takes."""
+        work = self.workload(micro_batch, layout)
+        traced = trace(self.model, self.config.task.name, combination, combination.chosen_second_order, work)
+        base = read_ds_config(self.ds_config or preset_name(combination.zero, combination.offload))
+        states = States(
+            parameters=traced.parameters,
+            combination=combination,
+            ranks=layout.size,
+            ds_config=base,
+            device=self.machine.device,
+            amsgrad=self.config.optim.amsgrad,
+            averaged=self.config.optim.ema_decay is not None,
+            gradient_accumulation=accumulation,
+            batch_bytes=work.bytes,
+        )
+        total = traced.step.total
+        return Plan(
+            layout=layout,
+            combination=combination,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            peak=peak_of_run(states, traced.step),
+            process=self.process,
+            host=states.on_host,
+            times=times(self.machine, states, total, traced.exchanged, traced.exchanges),
+            flops=total.total_flops * accumulation,
+            moved=total.bytes * accumulation,
+            sent=traced.exchanged * accumulation,
+        )
+
+    def combinations(self, *, offload: bool) -> list[Combination]:
+        """The legal ones: of conservative models in both ways, unless the configuration says one."""
+        parallel = self.config.parallel
+        ways: list[Any] = [parallel.second_order]
+        if self.model.forces == "conservative" and parallel.second_order == "auto":
+            ways = ["double_backward", "reverse_over_forward"]
+        found = every_combination(
+            forces=[self.model.forces],
+            second_order=ways,
+            zero=[0, 1, 2, 3],
+            recompute=["none", "selective", "block"],
+            precision=[parallel.precision],
+            offload=["none", "optimizer", "parameters"] if offload else ["none"],
+            fp16_device=[True],
+        )
+        return [one for one in found if one.why_not() is None]
+
+    def layouts(self, ranks: int, per_node: int, *, offload: bool = False) -> list[Plan]:
+        """Plans of all layouts of so many ranks that keep the configuration's global batch.
+
+        Micro-batches are those that one, two or four of, or as many as the configuration says, make up the batch.
+
+        Raises:
+            ValueError: where the ranks do not suit the configuration.
+        """
+        optim, parallel = self.config.optim, self.config.parallel
+        whole = ParallelLayout.of_world(ranks, graph=parallel.graph)
+        batch = optim.batch_size * optim.gradient_accumulation * whole.data
+        plans = []
+        for graph in _graph_sizes(ranks, per_node, parallel.graph):
+            layout = ParallelLayout.of_world(ranks, graph=graph)
+            if batch % layout.data:
+                continue
+            of_replica = batch // layout.data
+            rounds = [a for a in (1, 2, 4, optim.gradient_accumulation) if of_replica % a == 0]
+            for accumulation in sorted(set(rounds)):
+                plans += [
+                    self.plan(layout, combination, of_replica // accumulation, accumulation)
+                    for combination in self.combinations(offload=offload)
+                ]
+        return plans
+
+    def record(self, plan: Plan, available: int, host: int | None) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "settings": plan.settings,
+            "data": plan.layout.data,
+            "fits": plan.fits(available, host),
+            "needed": plan.needed,
+            "foretold": plan.foretold,
+            "process": plan.process,
+            "kept_by_allocator": plan.peak.kept_back,
+            "host": plan.host,
+            "peak_in": plan.peak.when,
+            "memory": dict(plan.peak.kinds),
+            "activations_by_layer": dict(plan.peak.layers),
+            "seconds": asdict(plan.times) | {"total": plan.times.total},
+            "flops": plan.flops,
+            "bytes": plan.moved,
+            "bytes_sent_for_graphs": plan.sent,
+        }
+
+
+def _graph_sizes(ranks: int, per_node: int, given: int) -> list[int]:
+    """Powers of two within a node, and the configuration's."""
+    powers = [2**n for n in range(16) if 2**n <= min(ranks, per_node) and ranks % 2**n == 0]
+    return sorted({*powers, given})
+
+
+# Before and during training
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run was foretold to need on this rank, and what there is."""
+
+    plan: Plan
+    available: int
+    others: tuple[Plan, ...] = ()  #: layouts that need less
+
+    @property
+    def advice(self) -> str:
+        """The nearest settings that fit, in a few words."""
+        fitting = [other for other in self.others if other.fits(self.available)]
+        if not fitting:
+            return "no setting on these ranks fits; use more ranks, or a smaller optim.batch_size or model"
+        return "; ".join(f"{_changes(self.plan, other)} needs {gib(other.needed)}" for other in fitting[:2])
+
+    def refusal(self) -> str:
+        return (
+            f"this run would not fit: a rank needs {gib(self.plan.needed)} ({gib(self.plan.foretold)} foretold, and "
+            f"{ALLOWANCE:.0%} to be safe), and there are {gib(self.available)}; {self.advice} "
+            "(parallel.check_memory=false starts it anyway)"
+        )
+
+    def of_failure(self, peak: int) -> str:
+        """After memory has run out at `peak` bytes."""
+        return (
+            f"out of memory: this rank had {gib(peak)}, it was foretold {gib(self.plan.foretold)} at its peak in "
+            f"{self.plan.peak.when}, and there were {gib(self.available)}; try next: {self.advice}"
+        )
+
+
+def _changes(old: Plan, new: Plan) -> str:
+    before = old.settings
+    return " ".join(f"{key}={value}" for key, value in new.settings.items() if value != before.get(key))
+
+
+def available_memory(world: World) -> int:
+    """Bytes that this rank may use, what it has already included."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_properties(world.device).total_memory
+    free = next(
+        1024 * int(line.split()[1])
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemAvailable")
+    )
+    with contextlib.suppress(OSError, ValueError):  # no limit, or another kind of control group
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+    return free // local + _resident()
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def surely_fits(planner: Planner, layout: ParallelLayout, available: int) -> bool:
+    """Whether even a coarse upper bound fits, so that nothing need be traced."""
+    optim, model = planner.config.optim, planner.model
+    if planner.store is None:
+        return False
+    edges = int(planner.store.num_edges.max(initial=1)) * optim.batch_size * 2  # symmetrised ones may be more
+    widths = [value for name, value in vars(model).items() if "emb" in name or "channels" in name or "radial" in name]
+    width = max(widths) + 8 * model.num_spherical**2
+    activations = 4 * edges * width * 250 * (model.num_blocks + 1)
+    return planner.process + 48 * planner.count + activations * HEAP_FACTOR < available / 2
+
+
+def settle(
+    planner: Planner, layout: ParallelLayout, combination: Combination, available: int, say: Callable[[str], None]
+) -> tuple[Combination, Forecast | None]:
+    """Choose how conservative forces are trained, and check that the run fits.
+
+    Returns:
+        the combination, with a way of second order in place of auto, and the forecast; None where it surely fits.
+
+    Raises:
+        ValueError: if it does not fit, with what would.
+    """
+    conservative = combination.forces == "conservative"
+    chosen = replace(combination, second_order=combination.chosen_second_order) if conservative else combination
+    if surely_fits(planner, layout, available):
+        return chosen, None
+    optim = planner.config.optim
+    size = optim.batch_size, optim.gradient_accumulation
+    plan = planner.plan(layout, chosen, *size)
+    if conservative and combination.second_order == "auto" and combination.zero < 3:
+        other = planner.plan(layout, replace(chosen, second_order="reverse_over_forward"), *size)
+        cheaper, dearer = sorted((plan, other), key=lambda one: one.times.total)
+        plan = cheaper if cheaper.fits(available) or not dearer.fits(available) else dearer
+        rest = other if plan is not other else cheaper
+        say(
+            f"second order: {plan.combination.second_order}, {plan.times.total:.3g} s a step and {gib(plan.needed)}; "
+            f"{(dearer if plan is cheaper else cheaper).combination.second_order} takes {rest.times.total:.3g} s and "
+            f"{gib(rest.needed)}, and there are {gib(available)}"
+        )
+    forecast = Forecast(plan, available)
+    if not plan.fits(available):
+        raise ValueError(with_others(planner, forecast).refusal())
+    return plan.combination, forecast
+
+
+def with_others(planner: Planner, forecast: Forecast) -> Forecast:
+    """The forecast, with layouts on the same ranks that need less: one setting changed, then two."""
+    plan = forecast.plan
+    recomputes, zeros = ("none", "selective", "block"), (0, 1, 2, 3)
+    now = plan.combination
+    candidates = [
+        replace(now, zero=zero, recompute=recompute, second_order="auto")
+        for zero in zeros[now.zero :] if plan.layout.size > 1 or zero == now.zero
+        for recompute in recomputes[recomputes.index(now.recompute) :]
+    ]
+    legal = [one for one in candidates if one.why_not() is None]
+    others = [planner.plan(plan.layout, one, plan.micro_batch, plan.accumulation) for one in legal]
+    if plan.micro_batch % 2 == 0:
+        others.append(planner.plan(plan.layout, now, plan.micro_batch // 2, plan.accumulation * 2))
+    fewer = [other for other in others if other.needed < plan.needed]
+    return replace(forecast, others=tuple(sorted(fewer, key=lambda other: other.times.total)))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
