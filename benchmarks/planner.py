@@ -1,7 +1,7 @@
 """The planner's memory against that of real runs: `egnscale train` on made-up slabs, with DeepSpeed.
 
-Each configuration is trained for a few steps, from the first import to the first checkpoint; measured is the most memory
-that any of its processes had. On a CPU that is the peak of the resident set; on a GPU, what torch has reserved there.
+Each configuration is trained for two steps,
+from the first import to the first checkpoint; measured is the most memory that any of its processes had. On a CPU that is the peak of the resident set; on a GPU, what torch has reserved there.
 
     python benchmarks/planner.py --out benchmarks/results/DATE-planner-cpu
     python benchmarks/planner.py --out ... --measured benchmarks/results/DATE-planner-cpu.json    # foretell again
@@ -9,17 +9,15 @@ that any of its processes had. On a CPU that is the peak of the resident set; on
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from report import environment, table, write
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from toy import labelled, slab

@@ -421,7 +421,11 @@ class ParallelConfig(_Section):
     )
     second_order: Literal["auto"] | SecondOrder = Field(
         default="auto",
-        description="how conservative forces are trained; auto is double_backward, under ZeRO-3 reverse_over_forward",
+        description="how conservative forces are trained; auto is the faster one that fits, and "
+        "under ZeRO-3 reverse_over_forward",
+    )
+    check_memory: Flag = Field(
+        default=True, description="foretell what a rank needs, and do not start what would not fit"
     )
     deepspeed: str | None = Field(
         default=None, description="name of a preset in ds_configs or path of a DeepSpeed JSON"

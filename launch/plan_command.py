@@ -12,7 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, help="machines (default %(default)s)")
     parser.add_argument("--gpus-per-node", type=int, default=1, metavar="G", help="devices (default %(default)s)")
     parser.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="of each device (default %(default)s)")
-    parser.add_argument("--cpu-memory", metavar="SIZE", help="of each machine, for offloading; none is planned without it")
+    parser.add_argument(
+        "--cpu-memory", metavar="SIZE", help="of each machine, for offloading; none is planned without it"
+    )
     parser.add_argument(
         "--machine", default="h100", metavar="FILE|h100|h200|cpu", help="how fast devices are (default %(default)s)"
     )
@@ -60,8 +62,8 @@ def _show(result: dict[str, Any], plans: list[Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from egnscale.scaling.rank_memory import KINDS
     from egnscale.scaling.planner import gib
+    from egnscale.scaling.rank_memory import KINDS
 
     console = Console()
     machine = result["machine"]

@@ -1,4 +1,4 @@
-"""From a run's configuration to plans: its micro-batch, its traced step, what each layout needs and how long it takes."""
+"""From a run's configuration to plans: its micro-batch, its traced step, what layouts need and how long they take."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from egnscale.launch.loading import PartCollate, graph_spec, open_data, sizes_fo
 from egnscale.launch.run_files import read_trained
 from egnscale.launch.tasks import IS2RE, S2EF, Normalizer
 from egnscale.models import AtomModelConfig, ExtendedGraph, build_model, count_parameters, model_config
+from egnscale.scaling.allocators import give_back_at_once
 from egnscale.scaling.collectives import CountedGroup, added
-from egnscale.scaling.combinations import Combination, SecondOrder, every_combination
+from egnscale.scaling.combinations import Combination, Recompute, SecondOrder, every_combination
 from egnscale.scaling.ds_config import preset_name, read_ds_config
-from egnscale.scaling.engine import World
+
 from egnscale.scaling.flat import flatten_layers
 from egnscale.scaling.layout import ParallelLayout, SharedExchange
 from egnscale.scaling.memory_trace import StepTrace, trace_step
@@ -102,7 +103,9 @@ class Traced:
     exchanges: int
 
 
-def trace(model: AtomModelConfig, task: str, combination: Combination, second_order: SecondOrder, work: Workload) -> Traced:
+def trace(
+    model: AtomModelConfig, task: str, combination: Combination, second_order: SecondOrder, work: Workload
+) -> Traced:
     """Trace a training step on the meta device."""
     flat = combination.forces == "conservative" and combination.zero == 3
     return _trace(model, task, combination.recompute, combination.precision, second_order, flat, work)
@@ -110,7 +113,13 @@ def trace(model: AtomModelConfig, task: str, combination: Combination, second_or
 
 @lru_cache(maxsize=256)
 def _trace(
-    config: AtomModelConfig, task: str, recompute: Any, precision: str, second_order: SecondOrder, flat: bool, work: Workload
+    config: AtomModelConfig,
+    task: str,
+    recompute: Any,
+    precision: str,
+    second_order: SecondOrder,
+    flat: bool,
+    work: Workload,
 ) -> Traced:
     with torch.device("meta"):
         model = build_model(config)
@@ -325,6 +334,7 @@ def _graph_sizes(ranks: int, per_node: int, given: int) -> list[int]:
 class Forecast:
     """What a run was foretold to need on this rank, and what there is."""
 
+    planner: Planner
     plan: Plan
     available: int
     others: tuple[Plan, ...] = ()  #: layouts that need less
@@ -357,10 +367,10 @@ def _changes(old: Plan, new: Plan) -> str:
     return " ".join(f"{key}={value}" for key, value in new.settings.items() if value != before.get(key))
 
 
-def available_memory(world: World) -> int:
+def available_memory(device: torch.device) -> int:
     """Bytes that this rank may use, what it has already included."""
-    if world.device.type == "cuda":
-        return torch.cuda.get_device_properties(world.device).total_memory
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     free = next(
         1024 * int(line.split()[1])
         for line in Path("/proc/meminfo").read_text().splitlines()
@@ -418,20 +428,27 @@ def settle(
             f"{(dearer if plan is cheaper else cheaper).combination.second_order} takes {rest.times.total:.3g} s and "
             f"{gib(rest.needed)}, and there are {gib(available)}"
         )
-    forecast = Forecast(plan, available)
+    forecast = Forecast(planner, plan, available)
     if not plan.fits(available):
-        raise ValueError(with_others(planner, forecast).refusal())
+        raise ValueError(with_others(forecast).refusal())
+    if planner.machine.device == "cpu" and plan.foretold * HEAP_FACTOR > available and give_back_at_once():
+        say(
+            f"{gib(plan.foretold)} foretold of {gib(available)}: freed memory goes back to the system at once, "
+            "which takes up to 1.7 times as long"
+        )
     return plan.combination, forecast
 
 
-def with_others(planner: Planner, forecast: Forecast) -> Forecast:
+def with_others(forecast: Forecast) -> Forecast:
     """The forecast, with layouts on the same ranks that need less: one setting changed, then two."""
-    plan = forecast.plan
-    recomputes, zeros = ("none", "selective", "block"), (0, 1, 2, 3)
+    planner, plan = forecast.planner, forecast.plan
+    recomputes: tuple[Recompute, ...] = ("none", "selective", "block")
+    zeros = (0, 1, 2, 3)
     now = plan.combination
     candidates = [
         replace(now, zero=zero, recompute=recompute, second_order="auto")
-        for zero in zeros[now.zero :] if plan.layout.size > 1 or zero == now.zero
+        for zero in zeros[now.zero :]
+        if plan.layout.size > 1 or zero == now.zero
         for recompute in recomputes[recomputes.index(now.recompute) :]
     ]
     legal = [one for one in candidates if one.why_not() is None]
@@ -446,3 +463,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+def out_of_memory(forecast: Forecast | None, peak: int) -> str:
+    """What to say after memory has run out at `peak` bytes."""
+    if forecast is None:
+        return (
+            f"out of memory: this rank had {gib(peak)}, and the run was not foretold (it seemed to fit easily, or "
+            "parallel.check_memory is false); try next: parallel.recompute=block, or a smaller optim.batch_size"
+        )
+    return with_others(forecast).of_failure(peak)

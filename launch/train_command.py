@@ -29,9 +29,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         path = Path(items.pop(0))
     config = load_config(path, items)
 
+    from egnscale.launch.planning import is_out_of_memory, out_of_memory
     from egnscale.launch.trainer import Trainer
     from egnscale.scaling.engine import start_world
     from egnscale.scaling.failure import watched
+    from egnscale.scaling.memory import peak_memory
 
     world = start_world()
 
@@ -40,8 +42,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             print(line, file=sys.stderr)
 
     with watched(world.rank, world.size, f"egnscale {args.command}"):
-        trainer = Trainer(config, world, ds_config=args.deepspeed_config, resume=args.resume, say=say)
-        result = trainer.run(progress=not args.json)
+        trainer: Trainer | None = None
+        try:
+            trainer = Trainer(config, world, ds_config=args.deepspeed_config, resume=args.resume, say=say)
+            result = trainer.run(progress=not args.json)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            forecast = None if trainer is None else trainer.forecast
+            raise ValueError(out_of_memory(forecast, peak_memory(world.device))) from error
     if world.is_main and not args.json:
         from rich.console import Console
 

@@ -25,6 +25,7 @@ from egnscale.data.sampler import BalancedBatchSampler
 from egnscale.launch.config import RunConfig
 from egnscale.launch.evaluation import evaluate_is2re, evaluate_s2ef, non_finite
 from egnscale.launch.loading import make_loader, open_labelled, sizes_for_balance, validation_splits
+from egnscale.launch.planning import Forecast, Planner, available_memory, settle
 from egnscale.launch.reporting import RunLog, TrainingProgress, plot_training
 from egnscale.launch.run_files import (
     RUN,
@@ -59,6 +60,7 @@ from egnscale.scaling.engine import (
 from egnscale.scaling.flat import flatten_layers
 from egnscale.scaling.layout import Mesh
 from egnscale.scaling.memory import peak_memory
+from egnscale.scaling.planner import MACHINES
 from egnscale.scaling.recompute import set_recompute
 
 #: What may change when a run is resumed.
@@ -101,7 +103,8 @@ class Trainer:
     ) -> None:
         self.config, self.world, self.say = config, world, say
         parallel = config.parallel
-        ds = read_ds_config(ds_config or parallel.deepspeed or preset_name(parallel.zero, parallel.offload))
+        self.ds_name = ds_config or parallel.deepspeed or preset_name(parallel.zero, parallel.offload)
+        ds = read_ds_config(self.ds_name)
         if world.size > 1:
             facts = run_facts(config.model_dump(mode="json"), ds, device=world.device.type, resume=resume)
             check_agreement(facts, gather_over_ranks)
@@ -145,6 +148,9 @@ class Trainer:
         )
         with torch.device("meta"):
             self.num_parameters = count_parameters(build_model(self.model_config))
+        self.forecast: Forecast | None = None
+        if parallel.check_memory:
+            self._foretell()
         torch.manual_seed(config.task.seed)  # the same weights on every rank
         with sharded_layers(ds, LayeredModel) if parallel.zero == 3 else nullcontext():
             model = build_model(self.model_config)
@@ -200,6 +206,14 @@ class Trainer:
             offload=parallel.offload or offload_of(ds),
             fp16_device=computes_in_fp16(),
         )
+
+    def _foretell(self) -> None:
+        """Choose what the planner chooses; stop what would not fit, the same on all ranks."""
+        device = self.world.device.type
+        machine = MACHINES["cpu" if device == "cpu" else "h100"]
+        planner = Planner(self.config, self.model_config, machine, self.train_store, ds_config=self.ds_name)
+        available = min(gather_over_ranks(available_memory(self.world.device)))
+        self.combination, self.forecast = settle(planner, self.mesh.layout, self.combination, available, self.say)
 
     def _check_combination(self) -> None:
         forces, name = self.model_config.forces, self.config.task.name

@@ -5,8 +5,8 @@ and of bytes read and written. Nothing is estimated: what autograd keeps, what b
 again, and the order of it all are those of the real step.
 
 A trace is a list of events. Gradients of parameters leave it as soon as they are complete, since what becomes of them
-depends on how optimizer states are sharded (`egnscale.scaling.rank_memory`); the uses of modules' parameters are in it, since
-ZeRO-3 gathers them there.
+depends on how optimizer states are sharded (`egnscale.scaling.rank_memory`); the uses of modules' parameters are
+in it, since ZeRO-3 gathers them there.
 """
 
 from __future__ import annotations
@@ -193,7 +193,12 @@ class TraceMode(TorchDispatchMode):
         self._known.clear()
 
 
-_ALLOCATES_ONLY = {torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.empty_like, torch.ops.aten.new_empty}
+_ALLOCATES_ONLY = {
+    torch.ops.aten.empty,
+    torch.ops.aten.empty_strided,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.new_empty,
+}
 
 
 def trace_step(
@@ -245,9 +250,7 @@ def _watched(module: nn.Module, layers: Mapping[str, nn.Module], mode: TraceMode
             handles.append(child.register_forward_pre_hook(lambda *_, mine=mine: mode.used(mine)))
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            handles.append(
-                parameter.register_post_accumulate_grad_hook(lambda p, name=name: mode.gradient(name, p))
-            )
+            handles.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: mode.gradient(name, p)))
     try:
         yield
     finally:

@@ -7,8 +7,9 @@ moment, at the points of the step where they are there. Peaks are those of the w
 What DeepSpeed 0.19 does at each stage was read in its source and compared with the allocations of real runs:
 
 * 0: gradients stay until the step, and are reduced through a flattened copy. In bf16 there are fp32 masters besides.
-* 1, 2: parameters are views of one flat buffer; masters and moments are shards. A shard of gradients is flattened for the
-  step, and AdamW makes two temporaries as large as the shard. Gradients leave for buckets at once (2) or at the end (1).
+* 1, 2: parameters are views of one flat buffer; masters and moments are shards. A shard of gradients is flattened
+  for the step, and AdamW makes two temporaries as large as it. Gradients leave for buckets at once (2) or at the end
+  (1).
 * 3: of parameters there are shards and what is gathered; gradients go through buckets into shards.
 
 N parameters, W ranks.
@@ -17,7 +18,7 @@ N parameters, W ranks.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -516,4 +517,9 @@ class _ShardedParameters(_ShardedGradients):
         self.ledger.drop(flat)
 
 
-_STAGES: dict[int, Callable[[States, Ledger], Any]] = {0: _Plain, 1: _Sharded, 2: _ShardedGradients, 3: _ShardedParameters}
+_STAGES: dict[int, Callable[[States, Ledger], Any]] = {
+    0: _Plain,
+    1: _Sharded,
+    2: _ShardedGradients,
+    3: _ShardedParameters,
+}
