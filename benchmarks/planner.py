@@ -1,7 +1,7 @@
 """The planner's memory against that of real runs: `egnscale train` on made-up slabs, with DeepSpeed.
 
-Each configuration is trained for two steps,
-from the first import to the first checkpoint; measured is the most memory that any of its processes had. On a CPU that is the peak of the resident set; on a GPU, what torch has reserved there.
+Each configuration is trained for two steps, from the first import to the first checkpoint; measured is the most memory
+that any of its processes had. On a CPU that is the peak of the resident set; on a GPU, what torch has reserved there.
 
     python benchmarks/planner.py --out benchmarks/results/DATE-planner-cpu
     python benchmarks/planner.py --out ... --measured benchmarks/results/DATE-planner-cpu.json    # foretell again
@@ -9,21 +9,30 @@ from the first import to the first checkpoint; measured is the most memory that 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from report import environment, table, write
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from toy import labelled, slab
 
+from egnscale.data.dataset import open_dataset
 from egnscale.data.store import write_store
 from egnscale.launch.config import RunConfig, load_config
+from egnscale.launch.planning import Planner
+from egnscale.models import model_config
+from egnscale.scaling.combinations import Combination
+from egnscale.scaling.layout import ParallelLayout
+from egnscale.scaling.memory import peak_memory
+from egnscale.scaling.planner import ALLOWANCE, MACHINES, Plan
 
 MARK = "egnscale-planner "
 GIB = 2**30
@@ -109,11 +118,7 @@ def train(words: list[str]) -> None:
 
     world = start_world()
     Trainer(load_config(None, words), world).run(progress=False)
-    if world.device.type == "cuda":
-        peak = torch.cuda.max_memory_reserved()
-    else:
-        status = Path("/proc/self/status").read_text().splitlines()
-        peak = 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    peak = peak_memory(world.device)
     print(f"{MARK}{json.dumps({'rank': world.rank, 'peak': peak})}", flush=True)
 
 
@@ -135,3 +140,102 @@ def measure(case: Case, folder: Path) -> int:
     if done.returncode or len(lines) < case.ranks:
         raise RuntimeError(f"{case}: {done.stderr[-2000:]}")
     return max(json.loads(line.removeprefix(MARK))["peak"] for line in lines)
+
+
+def foretell(case: Case, folder: Path, device: str) -> Plan:
+    config = case.config(folder)
+    given, parallel = config.model, config.parallel
+    model = model_config(given.preset, name=given.name, **given.hyperparameters())
+    machine = MACHINES["h100" if device == "cuda" else "cpu"]
+    planner = Planner(config, model, machine, open_dataset(config.data.train))
+    combination = Combination(
+        forces=model.forces,
+        second_order=parallel.second_order,
+        zero=case.zero,
+        recompute=parallel.recompute,
+        precision=parallel.precision,
+    )
+    return planner.plan(ParallelLayout.of_world(case.ranks, graph=case.graph), combination, 1, 1)
+
+
+NOTE = """\
+Bytes of the rank that has most, from its first import to its first checkpoint. CPU runs have
+`MALLOC_MMAP_THRESHOLD_=65536`, so that resident memory is what tensors hold; with glibc's default settings its heap
+keeps as much again ([docs/planning.md](../../docs/planning.md)). "Fits" adds a safety allowance of {allowance:.0%}
+to what is foretold; a row is not safe where the measured peak is above that."""
+
+
+def report(cases: list[Case], peaks: dict[str, int], folder: Path, results: dict[str, Any]) -> list[str]:
+    rows, errors, wrong = [], [], 0
+    for case in cases:
+        plan, peak = foretell(case, folder, results["device"]), peaks[json.dumps(case)]
+        error = plan.foretold / peak - 1
+        errors.append(error)
+        wrong += plan.needed < peak
+        ways = [word.partition("=")[2] for word in case.more]
+        results["cases"].append(
+            {
+                **case._asdict(),
+                "measured": peak,
+                "foretold": plan.foretold,
+                "needed": plan.needed,
+                "error": error,
+                "peak_in": plan.peak.when,
+                "kinds": dict(plan.peak.kinds),
+            }
+        )
+        name = ", ".join([case.model, case.precision, *ways])
+        rows.append(
+            (
+                *(name, case.ranks, case.graph, case.zero, case.recompute, f"{plan.foretold / GIB:.3f}"),
+                *(f"{peak / GIB:.3f}", f"{100 * error:+.1f}", plan.peak.when, "yes" if plan.needed >= peak else "NO"),
+            )
+        )
+    header = (
+        "model",
+        "ranks",
+        "graph",
+        "ZeRO",
+        "recompute",
+        "foretold GiB",
+        "measured GiB",
+        "error %",
+        "peak in",
+        "safe",
+    )
+    worst = max(errors, key=abs)
+    within = sum(abs(error) <= 0.1 for error in errors)
+    summary = (
+        f"{len(errors)} configurations: {within} within 10 %, the worst {100 * worst:+.1f} %, mean of the absolute "
+        f"errors {100 * sum(map(abs, errors)) / len(errors):.1f} %; {wrong} would be said to fit and do not."
+    )
+    return [NOTE.format(allowance=ALLOWANCE), table(header, rows), summary]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
+    parser.add_argument("--measured", type=Path, help="take measured peaks from these results, measure only the others")
+    parser.add_argument("--run-of", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run_of:
+        train(args.run_of)
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peaks: dict[str, int] = {}
+    if args.measured:
+        peaks = json.loads(args.measured.read_text())["peaks"]
+    results: dict[str, Any] = {"environment": environment(device), "device": device, "peaks": peaks, "cases": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_data(folder)
+        for case in CASES:
+            if json.dumps(case) not in peaks:
+                peaks[json.dumps(case)] = measure(case, folder)
+                print(*case, f"{peaks[json.dumps(case)] / GIB:.3f} GiB", file=sys.stderr, flush=True)
+        sections = report(CASES, peaks, folder, results)
+    write(args.out, "What the planner foretells, and what runs take", sections, results)
+
+
+if __name__ == "__main__":
+    main()

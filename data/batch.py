@@ -41,12 +41,13 @@ class AtomBatch:
         return replace(self, fixed=self.fixed[atoms], tags=self.tags[atoms], forces=forces)
 
     def to(self, device: torch.device | str) -> AtomBatch:
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self._tensors().items()})
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self.tensors().items()})
 
     def pin_memory(self) -> AtomBatch:
-        return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
+        return replace(self, **{name: value.pin_memory() for name, value in self.tensors().items()})
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 

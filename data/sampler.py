@@ -105,6 +105,12 @@ class BalancedBatchSampler(Sampler[list[int]]):
         loads = loads[loads.sum(1) > 0]
         return float((loads.max(1) / loads.mean(1)).mean()) if len(loads) else 1.0
 
+    def largest(self, weights: np.ndarray, max_steps: int) -> list[int]:
+        """Indices of the batch, of any replica, whose weights sum to most, among the first steps of the epoch."""
+        order = self._order(self.epoch)
+        dealt = (part for step in range(min(len(self), max_steps)) for part in self._deal(order, step))
+        return max(dealt, key=lambda part: int(weights[part].sum())).tolist()
+
     def _order(self, epoch: int) -> np.ndarray:
         """(structures,) the epoch's permutation; 32 bits where they suffice, since OC20 has 134 million structures."""
         order = np.arange(len(self.sizes), dtype=np.uint32 if len(self.sizes) < 2**32 else np.int64)

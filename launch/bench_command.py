@@ -1,8 +1,13 @@
-"""`egnscale bench comm`: what graph parallelism sends, against the paper's scheme, foretold and measured."""
+"""`egnscale bench`: what graph parallelism sends, and how fast a machine is.
+
+`comm` compares with the paper's scheme, foretold and measured; `machine` writes a description for `egnscale plan`.
+"""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 
@@ -17,6 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--atoms", type=int, nargs="+", default=[80, 1000], metavar="N", help="sizes of slabs (default: 80 1000)"
     )
     comm.add_argument("--no-run", action="store_true", help="foretell only; start no processes")
+    text = "measure this machine's device, for egnscale plan --machine"
+    machine = actions.add_parser("machine", help=text, description=text)
+    machine.set_defaults(action_run=_machine)
+    machine.add_argument("out", type=Path, metavar="OUT.json", help="where to write the description")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -68,6 +77,17 @@ def _comm(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         _show(result)
     return result
+
+
+def _machine(args: argparse.Namespace) -> dict[str, Any]:
+    from egnscale.launch.bench_machine import measured_machine
+
+    machine = measured_machine(args.out.stem)
+    machine.write(args.out)
+    if not args.json:
+        rates = ", ".join(f"{name} {rate / 1e9:.3g} GFLOP/s" for name, rate in machine.matmul.items())
+        print(f"{args.out}: {rates}, memory {machine.bandwidth / 1e9:.3g} GB/s; {machine.source}")
+    return asdict(machine)
 
 
 def _show(result: dict[str, Any]) -> None:

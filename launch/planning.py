@@ -27,7 +27,6 @@ from egnscale.scaling.allocators import give_back_at_once
 from egnscale.scaling.collectives import CountedGroup, added
 from egnscale.scaling.combinations import Combination, Recompute, SecondOrder, every_combination
 from egnscale.scaling.ds_config import preset_name, read_ds_config
-
 from egnscale.scaling.flat import flatten_layers
 from egnscale.scaling.layout import ParallelLayout, SharedExchange
 from egnscale.scaling.memory_trace import StepTrace, trace_step
@@ -57,7 +56,7 @@ class Workload:
     def tensors(self) -> list[Tensor]:
         found: list[Tensor] = []
         self.graph.map(lambda x: found.append(x) or x)  # type: ignore[func-returns-value]
-        return [*found, *self.batch._tensors().values()]
+        return [*found, *self.batch.tensors().values()]
 
 
 def largest_batch(
@@ -69,11 +68,7 @@ def largest_batch(
         micro_batches: of one replica, that the run goes through; None for all.
     """
     sampler = BalancedBatchSampler(sizes_for_balance(store, balance), batch_size, replicas, seed=seed)
-    order = sampler._order(0)
-    steps = min(len(sampler), SEARCHED, micro_batches or SEARCHED)
-    edges = store.num_edges
-    dealt = (part for step in range(steps) for part in sampler._deal(order, step))
-    return max(dealt, key=lambda part: int(edges[part].sum())).tolist()
+    return sampler.largest(store.num_edges, min(SEARCHED, micro_batches or SEARCHED))
 
 
 def workload(samples: Sequence[Sample], model: AtomModelConfig, graph_ranks: int = 1) -> Workload:
@@ -140,7 +135,7 @@ def _trace(
         layers = {f"{number} {type(layer).__name__}": layer for number, layer in enumerate(model.layers)}
     objective.to(PRECISIONS[precision])
     counts = torch.ones(2, dtype=torch.float64, device="meta")
-    known: list[Tensor] = [counts, *batch._tensors().values()]
+    known: list[Tensor] = [counts, *batch.tensors().values()]
     graph.map(lambda x: known.append(x) or x)  # type: ignore[func-returns-value]
     step = trace_step(objective, lambda: objective(graph, batch, counts)[0], layers, known)
     sent = added(group.traffic.read().values()) if group is not None else added([])

@@ -50,8 +50,8 @@ DEFAULTS = {
 }
 #: A rank keeps so much of a checkpoint in memory while it writes (`egnscale.scaling.training_state`).
 FILE_BYTES = 1 << 30
-#: Steps that are gone through: in the first, moments are made; in the third, freed memory has found its use.
-STEPS = 3
+#: Steps that are gone through: in the first, moments are made; where freed memory is kept, it finds its use in a third.
+STEPS = {"cpu": 2, "cuda": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ def peak_of_run(states: States, trace: StepTrace) -> Peak:
     run = _STAGES[states.combination.zero](states, ledger)
     ledger.when = "construction"
     run.build()
-    for _ in range(STEPS):
+    for _ in range(STEPS[states.device]):
         for micro in range(states.gradient_accumulation):
             ledger.when = "forward and backward"
             batch = ledger.add(states.batch_bytes, BATCH)
@@ -417,6 +417,7 @@ class _ShardedParameters(_ShardedGradients):
         self.persistent = {name for name, count in states.parameters.items() if count <= threshold}
         self.gathered: dict[str, int] = {}
         self.kept: dict[str, int] = {}  # gathered, given back, and still held by autograd
+        self.arrivals: list[tuple[int, set[str]]] = []  # buffers, and who in them has not been asked for
         self.order: list[str] = []  # of first use
 
     def begin(self) -> None:
@@ -425,7 +426,10 @@ class _ShardedParameters(_ShardedGradients):
         self.forward_order: list[str] = []
 
     def gather(self, names: Sequence[str]) -> None:
-        """Parameters that are not there; a gathered one is copied out of the buffer that it arrived in."""
+        """Parameters that are not there, copied out of the buffer that they arrive in.
+
+        DeepSpeed keeps that buffer until the last of them has been asked for.
+        """
         missing = [name for name in names if name not in self.gathered]
         size = self.states.size
         if not missing:
@@ -433,7 +437,14 @@ class _ShardedParameters(_ShardedGradients):
         arrival = self.ledger.add(sum(self.states.parameters[name] for name in missing) * size, GATHERED)
         for name in missing:
             self.gathered[name] = self.ledger.add(self.states.parameters[name] * size, GATHERED)
-        self.ledger.drop(arrival)
+        self.arrivals.append((arrival, set(missing)))
+
+    def asked_for(self, names: Sequence[str]) -> None:
+        for arrival, waiting in list(self.arrivals):
+            waiting.difference_update(names)
+            if not waiting:
+                self.ledger.drop(arrival)
+                self.arrivals.remove((arrival, waiting))
 
     def live(self) -> int:
         return sum(self.states.parameters[name] for name in self.gathered)
@@ -455,6 +466,7 @@ class _ShardedParameters(_ShardedGradients):
 
     def used(self, names: Sequence[str], *, backward: bool) -> None:
         self.gather(names)
+        self.asked_for(names)
         if backward:
             return  # a replay; what it gathers goes with the gradients
         self.forward_order += [name for name in names if name not in self.seen]
@@ -485,6 +497,7 @@ class _ShardedParameters(_ShardedGradients):
 
     def ready(self, name: str) -> None:
         self.gather([name])
+        self.asked_for([name])
         if name in self.to_do:
             at = self.to_do.index(name)
             del self.to_do[at]
@@ -502,6 +515,7 @@ class _ShardedParameters(_ShardedGradients):
 
     def end_backward(self) -> None:
         self.reduce()
+        self.asked_for(list(self.states.parameters))
         self.ledger.drop(*self.kept.values())
         self.kept.clear()
         for name in [name for name in self.gathered if name not in self.persistent]:
