@@ -365,15 +365,19 @@ def _changes(old: Plan, new: Plan) -> str:
 def available_memory(device: torch.device) -> int:
     """Bytes that this rank may use, what it has already included."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        free, total = torch.cuda.mem_get_info(device)
+        return min(free + PROCESS["cuda"], total)  # this process's context is there already
     free = next(
         1024 * int(line.split()[1])
         for line in Path("/proc/meminfo").read_text().splitlines()
         if line.startswith("MemAvailable")
     )
     with contextlib.suppress(OSError, ValueError):  # no limit, or another kind of control group
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+        group = Path("/sys/fs/cgroup")
+        lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        files = next(int(size) for name, size in lines if name == "inactive_file")  # given up when others need memory
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used + files)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
     return free // local + _resident()
 
