@@ -334,10 +334,9 @@ class Forecast:
     available: int
     others: tuple[Plan, ...] = ()  #: layouts that need less
 
-    @property
-    def advice(self) -> str:
-        """The nearest settings that fit, in a few words."""
-        fitting = [other for other in self.others if other.fits(self.available)]
+    def advice(self, limit: int) -> str:
+        """The nearest settings that fit into so many bytes, in a few words."""
+        fitting = [other for other in self.others if other.fits(limit)]
         if not fitting:
             return "no setting on these ranks fits; use more ranks, or a smaller optim.batch_size or model"
         return "; ".join(f"{_changes(self.plan, other)} needs {gib(other.needed)}" for other in fitting[:2])
@@ -345,15 +344,17 @@ class Forecast:
     def refusal(self) -> str:
         return (
             f"this run would not fit: a rank needs {gib(self.plan.needed)} ({gib(self.plan.foretold)} foretold, and "
-            f"{ALLOWANCE:.0%} to be safe), and there are {gib(self.available)}; {self.advice} "
+            f"{ALLOWANCE:.0%} to be safe), and there are {gib(self.available)}; {self.advice(self.available)} "
             "(parallel.check_memory=false starts it anyway)"
         )
 
     def of_failure(self, peak: int) -> str:
         """After memory has run out at `peak` bytes."""
+        # What is said to fit has to fit into less than what did not.
+        advice = self.advice(min(self.available, self.plan.foretold))
         return (
             f"out of memory: this rank had {gib(peak)}, it was foretold {gib(self.plan.foretold)} at its peak in "
-            f"{self.plan.peak.when}, and there were {gib(self.available)}; try next: {self.advice}"
+            f"{self.plan.peak.when}, and there were {gib(self.available)}; try next: {advice}"
         )
 
 

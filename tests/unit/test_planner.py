@@ -184,11 +184,11 @@ def test_layouts_are_legal_and_keep_the_global_batch(data: Path) -> None:
 
 def test_a_run_that_does_not_fit_is_refused_with_what_would(data: Path) -> None:
     big = planner(
-        data, "model.num_blocks=3", "model.emb_size_edge=512", "model.emb_size_atom=128", "optim.batch_size=4"
+        data, "model.num_blocks=4", "model.emb_size_edge=512", "model.emb_size_atom=64", "optim.batch_size=8"
     )
     layout, combination = ParallelLayout(data=1), Combination()
-    plan = big.plan(layout, combination, 4, 1)
-    block = big.plan(layout, replace(combination, recompute="block"), 4, 1)
+    plan = big.plan(layout, combination, 8, 1)
+    block = big.plan(layout, replace(combination, recompute="block"), 8, 1)
     assert block.needed < plan.needed
     with pytest.raises(ValueError, match=r"would not fit.*parallel.recompute=block needs") as error:
         settle(big, layout, combination, block.needed, lambda line: None)
@@ -196,7 +196,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(data: Path) -> None:
     chosen, forecast = settle(big, layout, combination, plan.needed + 1, lambda line: None)
     assert chosen == combination
     assert forecast is not None
-    assert "recompute=block" in out_of_memory(forecast, plan.foretold)
+    assert "try next: parallel.recompute=" in out_of_memory(forecast, plan.foretold)
     assert "was not foretold" in out_of_memory(None, GIB)
 
 
