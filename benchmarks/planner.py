@@ -160,7 +160,7 @@ def foretell(case: Case, folder: Path, device: str) -> Plan:
 NOTE = """\
 Bytes of the rank that has most, from its first import to its first checkpoint. CPU runs have
 `MALLOC_MMAP_THRESHOLD_=65536`, so that resident memory is what tensors hold; with glibc's default settings its heap
-keeps as much again ([docs/planning.md](../../docs/planning.md)). "Fits" adds a safety allowance of {allowance:.0%}
+may keep as much again ([docs/planning.md](../../docs/planning.md)). "Fits" adds a safety allowance of {allowance:.0%}
 to what is foretold; a row is not safe where the measured peak is above that."""
 
 
