@@ -280,9 +280,14 @@ class TaskConfig(_Section):
     ] = Field(default="auto", description="auto takes mean and deviation from the training set; or give all three")
     eval_every: Size = Field(default=5000, description="steps between evaluations")
     eval_batches: Size | None = Field(default=None, description="batches per evaluation and split; null for all")
-    checkpoint_every: Size = Field(default=5000, description="steps between checkpoints")
+    checkpoint_every: Size | None = Field(
+        default=5000, description="steps between checkpoints; null writes none at all"
+    )
     keep_last: Size = Field(default=3, description="checkpoints kept besides the best one")
     log_every: Size = Field(default=10, description="steps between rows of the log")
+    scale_factor_batches: Size = Field(
+        default=16, description="batches that GemNet's scale factors are fitted on, over all replicas together"
+    )
     primary_metric: (
         Literal["forces_mae", "energy_mae", "energy_forces_within_threshold", "energy_within_threshold"] | None
     ) = Field(
@@ -409,9 +414,10 @@ class ParallelConfig(_Section):
         description="what is made again in the backward pass: none, selective (what is cheap) or block (every layer)",
     )
     precision: Precision = Field(default="fp32", description="precision of matrix products")
-    offload: Offload = Field(
-        default="none",
-        description="what is kept in host memory (optimizer; parameters: these too) or on a disk (nvme: both)",
+    offload: Offload | None = Field(
+        default=None,
+        description="what is kept in host memory (optimizer; parameters: these too) or on a disk (nvme: both); "
+        "null: what the DeepSpeed configuration says",
     )
     second_order: Literal["auto"] | SecondOrder = Field(
         default="auto",

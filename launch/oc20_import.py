@@ -25,8 +25,9 @@ from egnscale.launch.oc20_file import Oc20File, finite_number, metrics, short
 from egnscale.launch.oc20_scales import SCALE_FACTOR, scale_factors
 from egnscale.launch.oc20_settings import ARCHITECTURES, model_block, to_our_config
 from egnscale.launch.oc20_targets import element_references, find_normalizer
-from egnscale.launch.run_files import RUN, WEIGHTS, run_record, write_tensors
+from egnscale.launch.run_files import RUN, WEIGHTS, run_record
 from egnscale.launch.tasks import Normalizer
+from egnscale.launch.weights import write_tensors
 from egnscale.models import AtomModelConfig, build_model, count_parameters
 from egnscale.models.oc20_names import is_constant, to_our_names, to_public_name, without_alias
 from egnscale.scaling.checkpoint import write_checkpoint

@@ -6,18 +6,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from egnscale.launch.tasks import Normalizer
+from egnscale.launch.weights import open_weights
 from egnscale.models import AtomModel, AtomModelConfig, build_model, model_config
 from egnscale.scaling.checkpoint import find_checkpoint, verify_checkpoint
 
@@ -47,44 +44,6 @@ def run_record(model: AtomModelConfig, normalizer: Normalizer, **state: Any) -> 
     }
 
 
-def save_weights(path: Path, weights: Iterable[tuple[str, Tensor]], model: torch.nn.Module, *, write: bool) -> None:
-    """Write parameters and scale factors by name, fp32. Every rank iterates over `weights`, one writes."""
-    tensors = {}
-    for name, tensor in weights:
-        if write:
-            tensors[name] = tensor.detach().float().cpu().contiguous()
-    if write:
-        for name, buffer in model.named_buffers():
-            tensors[name] = buffer.detach().float().cpu().contiguous()
-        write_tensors(path, tensors)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file of contiguous tensors that share no memory.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from None
-    path.chmod(0o644)  # as the other files; safetensors leaves it to its owner alone
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
-
-
 def read_run(checkpoint: Path) -> dict[str, Any]:
     """Read and check a checkpoint's run.json."""
     try:
@@ -108,47 +67,21 @@ def recorded_model(run: dict[str, Any], checkpoint: Path) -> AtomModelConfig:
         raise ValueError(f"{checkpoint / RUN} is incomplete: {error}") from None
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Load a model's parameters and scale factors.
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a checkpoint says of a model; its weights are in `path / WEIGHTS`."""
+
+    config: AtomModelConfig
+    normalizer: Normalizer
+    run: dict[str, Any]  #: the checkpoint's run.json
+    path: Path
+
+
+def read_trained(path: str | Path) -> TrainedRun:
+    """What the checkpoint (or a run's latest one) says of its model.
 
     Raises:
-        ValueError: where names or shapes differ, naming the first few.
-    """
-    found = read_weights(path)
-    _check_fit(found, model.state_dict(), path)
-    model.load_state_dict(found)
-
-
-def _check_fit(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
-    problems = [f"lacks {name}" for name in wanted.keys() - found.keys()]
-    problems += [f"has {name}, which the model does not" for name in found.keys() - wanted.keys()]
-    problems += [
-        f"{name} has shape {tuple(found[name].shape)}, the model's is {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & found.keys()
-        if found[name].shape != wanted[name].shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more differences)" if len(problems) > 3 else ""
-        raise ValueError(f"{path} does not fit the model: {'; '.join(sorted(problems)[:3])}{more}")
-
-
-def start_weights(model: torch.nn.Module, start: TrainedModel) -> None:
-    """Give a model the weights of a trained one. What only the trained one has for forces is left out.
-
-    Raises:
-        ValueError: where anything else differs, naming the first few.
-    """
-    wanted = model.state_dict()
-    found = {name: value for name, value in start.model.state_dict().items() if name in wanted or ".force." not in name}
-    _check_fit(found, wanted, start.path / WEIGHTS)
-    model.load_state_dict(found)
-
-
-def load_trained(path: str | Path) -> TrainedModel:
-    """The model of a checkpoint (or of a run's latest one), with the weights meant for use.
-
-    Raises:
-        ValueError: if there is no whole checkpoint, or it does not fit.
+        ValueError: if there is no whole checkpoint, or it is incomplete.
     """
     checkpoint = find_checkpoint(Path(path))
     verify_checkpoint(checkpoint)
@@ -158,6 +91,20 @@ def load_trained(path: str | Path) -> TrainedModel:
         normalizer = Normalizer(**run["normalizer"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{checkpoint / RUN} is incomplete: {error}") from None
-    model = build_model(config)
-    load_weights(model, checkpoint / WEIGHTS)
-    return TrainedModel(model.eval(), normalizer, run, checkpoint)
+    return TrainedRun(config, normalizer, run, checkpoint)
+
+
+def load_trained(path: str | Path) -> TrainedModel:
+    """The model of a checkpoint (or of a run's latest one), with the weights meant for use.
+
+    Raises:
+        ValueError: if there is no whole checkpoint, or it does not fit.
+    """
+    trained = read_trained(path)
+    model = build_model(trained.config)
+    with open_weights(trained.path / WEIGHTS) as weights:
+        weights.check_fit({name: value.shape for name, value in model.state_dict().items()})
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                value.copy_(weights[name])
+    return TrainedModel(model.eval(), trained.normalizer, trained.run, trained.path)

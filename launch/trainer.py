@@ -11,8 +11,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,32 +29,38 @@ from egnscale.launch.reporting import RunLog, TrainingProgress, plot_training
 from egnscale.launch.run_files import (
     RUN,
     WEIGHTS,
-    TrainedModel,
-    load_trained,
+    TrainedRun,
     read_run,
-    read_weights,
+    read_trained,
     recorded_model,
     run_record,
-    save_weights,
-    start_weights,
 )
 from egnscale.launch.schedules import build_schedule
 from egnscale.launch.tasks import IS2RE, S2EF, Normalizer
+from egnscale.launch.weights import open_weights, save_weights
 from egnscale.models import AtomModelConfig, ExtendedGraph, Prediction, build_model, count_parameters, model_config
+from egnscale.models.layered import LayeredModel
 from egnscale.models.scale_factors import fit_scale_factors, unfitted
 from egnscale.scaling.agreement import check_agreement, run_facts
 from egnscale.scaling.checkpoint import LATEST, find_checkpoint, save_checkpoint, verify_checkpoint, write_text
 from egnscale.scaling.collectives import added
 from egnscale.scaling.combinations import Combination
-from egnscale.scaling.ds_config import complete_ds_config, read_ds_config
+from egnscale.scaling.ds_config import complete_ds_config, offload_of, preset_name, read_ds_config
 from egnscale.scaling.ema import ExponentialMovingAverage
-from egnscale.scaling.engine import Engine, World, computes_in_fp16, gather_over_ranks, once, sum_over_ranks
+from egnscale.scaling.engine import (
+    Engine,
+    World,
+    computes_in_fp16,
+    gather_over_ranks,
+    once,
+    sharded_layers,
+    sum_over_ranks,
+)
 from egnscale.scaling.flat import flatten_layers
 from egnscale.scaling.layout import Mesh
+from egnscale.scaling.memory import peak_memory
 from egnscale.scaling.recompute import set_recompute
 
-#: Batches that scale factors are fitted on, over all replicas together.
-SCALE_FACTOR_BATCHES = 16
 #: What may change when a run is resumed.
 FREE_IN_LAYOUT = {"ranks", "replicas", "zero", "precision"}
 #: Parameters that weight decay leaves alone.
@@ -93,7 +100,8 @@ class Trainer:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.config, self.world, self.say = config, world, say
-        ds = read_ds_config(ds_config or config.parallel.deepspeed or f"zero{config.parallel.zero}")
+        parallel = config.parallel
+        ds = read_ds_config(ds_config or parallel.deepspeed or preset_name(parallel.zero, parallel.offload))
         if world.size > 1:
             facts = run_facts(config.model_dump(mode="json"), ds, device=world.device.type, resume=resume)
             check_agreement(facts, gather_over_ranks)
@@ -109,9 +117,9 @@ class Trainer:
         resumed = self._find_resumed(resume)
         start = None  # what a new run starts from
         if config.task.init_from is not None and resumed is None:
-            start = load_trained(config.task.init_from)
+            start = read_trained(config.task.init_from)
         self.model_config = self._model_config(start, resumed)
-        self.combination = self._combination()
+        self.combination = self._combination(ds)
         self._check_combination()
         elements, task = self.model_config.num_elements, config.task.name
         self.train_store = open_labelled(config.data.train, elements, task)
@@ -126,29 +134,30 @@ class Trainer:
             schedule.pop("name"), self.total_steps, steps_per_epoch=self._steps_per_epoch(), **schedule
         )
 
-        torch.manual_seed(config.task.seed)  # the same weights on every rank
-        model = build_model(self.model_config)
-        self.mesh.name_layers(model.layers)
-        set_recompute(model, config.parallel.recompute, self.mesh.graph_group)
-        self.objective = self._objective(model)
-        if start is not None:
-            # Scale factors too, the unfitted ones among them: they are part of what the weights were trained for.
-            start_weights(model, start)
-            self.say(f"starts with the weights of {start.path}")
-            start = None  # its memory is not needed any more
-        elif resumed is None:
-            self._fit_scale_factors()
-        if self.model_config.forces == "conservative" and config.parallel.zero == 3:
-            flatten_layers(model)
         ds = complete_ds_config(
             ds,
-            zero=config.parallel.zero,
-            precision=config.parallel.precision,
+            zero=parallel.zero,
+            precision=parallel.precision,
             gradient_accumulation=config.optim.gradient_accumulation,
             clip_grad_norm=config.optim.clip_grad_norm,
+            offload=parallel.offload,
+            swap=self.directory / "swap",
         )
-        self.num_parameters = count_parameters(model)
+        with torch.device("meta"):
+            self.num_parameters = count_parameters(build_model(self.model_config))
+        torch.manual_seed(config.task.seed)  # the same weights on every rank
+        with sharded_layers(ds, LayeredModel) if parallel.zero == 3 else nullcontext():
+            model = build_model(self.model_config)
+        self.mesh.name_layers(model.layers)
+        set_recompute(model, parallel.recompute, self.mesh.graph_group)
+        self.objective = self._objective(model)
+        if self.model_config.forces == "conservative" and parallel.zero == 3:
+            flatten_layers(model)
         self.engine = Engine(self.objective, self._optimizer(), ds, world)
+        if start is not None:
+            self._start_from(start.path / WEIGHTS)
+        elif resumed is None:
+            self._fit_scale_factors()
         decay = config.optim.ema_decay
         self.ema = ExponentialMovingAverage(self.engine, decay) if decay is not None else None
         if resumed is not None:
@@ -158,7 +167,7 @@ class Trainer:
 
     # Setting up
 
-    def _model_config(self, start: TrainedModel | None, resumed: tuple[Path, dict[str, Any]] | None) -> AtomModelConfig:
+    def _model_config(self, start: TrainedRun | None, resumed: tuple[Path, dict[str, Any]] | None) -> AtomModelConfig:
         """What the configuration says; where a run starts from a checkpoint, the rest from that checkpoint's model.
 
         Once it runs, its own checkpoints say it: the one that it started from may be gone.
@@ -172,7 +181,7 @@ class Trainer:
         if given.preset is not None:
             raise ValueError("task.init_from brings the sizes of its model; leave model.preset out")
         if start is not None:
-            before = start.model.config
+            before = start.config
         else:
             assert resumed is not None
             before = recorded_model(resumed[1], resumed[0])
@@ -180,7 +189,7 @@ class Trainer:
             raise ValueError(f"task.init_from is a {before.name}, model.name says {given.name}; leave model.name out")
         return model_config(name=before.name, **{**asdict(before), **values})
 
-    def _combination(self) -> Combination:
+    def _combination(self, ds: dict[str, Any]) -> Combination:
         parallel = self.config.parallel
         return Combination(
             forces=self.model_config.forces,
@@ -188,7 +197,7 @@ class Trainer:
             zero=parallel.zero,
             recompute=parallel.recompute,
             precision=parallel.precision,
-            offload=parallel.offload,
+            offload=parallel.offload or offload_of(ds),
             fp16_device=computes_in_fp16(),
         )
 
@@ -196,6 +205,15 @@ class Trainer:
         forces, name = self.model_config.forces, self.config.task.name
         if (reason := self.combination.why_not()) is not None:
             raise ValueError(reason)
+        task = self.config.task
+        kept = (
+            task.checkpoint_every is not None or task.init_from is not None or self.config.optim.ema_decay is not None
+        )
+        if self.combination.offload == "nvme" and kept:
+            raise ValueError(
+                "state on NVMe can be neither saved, averaged nor read yet; set task.checkpoint_every, task.init_from "
+                "and optim.ema_decay to null, or parallel.offload to parameters"
+            )
         if forces == "none" and name == "s2ef":
             raise ValueError("task s2ef trains forces, and model.forces is none; choose direct or conservative")
         if forces != "none" and name == "is2re":
@@ -284,7 +302,7 @@ class Trainer:
             "amsgrad": optim.amsgrad,
         }
 
-    def _normalizer(self, start: TrainedModel | None, resumed: tuple[Path, dict[str, Any]] | None) -> Normalizer:
+    def _normalizer(self, start: TrainedRun | None, resumed: tuple[Path, dict[str, Any]] | None) -> Normalizer:
         if resumed is not None:
             return Normalizer(**resumed[1]["normalizer"])
         given = self.config.task.normalizer
@@ -342,11 +360,26 @@ class Trainer:
         if not unfitted(self.objective.model):
             return
         loader = self._loader(self.train_store, self.sampler, workers=0)
-        batches = islice(loader, max(1, SCALE_FACTOR_BATCHES // self.mesh.layout.data))
+        batches = islice(loader, max(1, self.config.task.scale_factor_batches // self.mesh.layout.data))
         graphs = [self.mesh.place(graph) for graph, _ in batches]
-        model = self.objective.model.to(self.world.device)
-        factors = fit_scale_factors(model, graphs, reduce=self.mesh.sum_over_data)
+        with self.engine.calling_module():
+            factors = fit_scale_factors(self.objective.model, graphs, reduce=self.mesh.sum_over_data)
         self.say(f"fitted {len(factors)} scale factors on {len(graphs)} batches per replica")
+
+    def _start_from(self, path: Path) -> None:
+        """Take the weights of a trained model, but for what only that one has for forces.
+
+        Scale factors too, the unfitted ones among them: they are part of what the weights were trained for.
+        """
+        shapes, buffers = self.engine.shapes(), dict(self.objective.named_buffers())
+        with open_weights(path) as weights:
+            known = shapes | {name: buffer.shape for name, buffer in buffers.items()}
+            weights.leave_out(name for name in weights.shapes if ".force." in name and f"model.{name}" not in known)
+            weights.check_fit({name.removeprefix("model."): shape for name, shape in known.items()})
+            self.engine.set_weights((name, weights[name.removeprefix("model.")]) for name in shapes)
+            for name, buffer in buffers.items():
+                buffer.copy_(weights[name.removeprefix("model.")])
+        self.say(f"starts with the weights of {path.parent}")
 
     # Checkpoints
 
@@ -368,9 +401,15 @@ class Trainer:
 
         def write(directory: Path) -> None:
             self.engine.save(directory)
-            weights = self.ema.whole() if self.ema else ((n, self.engine.assemble(n, p)) for n, p in self.engine.held())
-            named = ((name.removeprefix("model."), tensor) for name, tensor in weights)
-            save_weights(directory / WEIGHTS, named, self.objective.model, write=self.world.is_main)
+            weights = self.ema.whole() if self.ema else self.engine.whole_masters()
+            tensors = chain(weights, self.objective.named_buffers())
+            shapes = self.engine.shapes() | {name: b.shape for name, b in self.objective.named_buffers()}
+            save_weights(
+                directory / WEIGHTS,
+                ((name.removeprefix("model."), tensor) for name, tensor in tensors),
+                {name.removeprefix("model."): shape for name, shape in shapes.items()},
+                write=self.world.is_main,
+            )
             if self.world.is_main:
                 write_text(directory / RUN, json.dumps(record, indent=1))
 
@@ -396,8 +435,8 @@ class Trainer:
             )
         self.engine.load(checkpoint)
         if self.ema:
-            weights = read_weights(checkpoint / WEIGHTS)
-            self.ema.load_whole({f"model.{name}": tensor for name, tensor in weights.items()})
+            with open_weights(checkpoint / WEIGHTS) as weights:
+                self.ema.load_whole(lambda name: weights[name.removeprefix("model.")])
         self.schedule.load_state_dict(run["schedule"])
         self.step, self.seconds, self.loss = run["step"], run["seconds"], run["loss"]
         self.best, self.evaluations = run["best"], run["evaluations"]
@@ -449,17 +488,21 @@ class Trainer:
                     )
                     log.exchanges(self.step, exchanged)
                 improved = (self.step % config.task.eval_every == 0 or last) and self._evaluate(log, all_splits=last)
-                if self.step % config.task.checkpoint_every == 0 or improved or last:
+                every = config.task.checkpoint_every
+                if every is not None and (self.step % every == 0 or improved or last):
                     self._save()
         if log:
             log.close()
             plot_training(self.directory)
+        peaks = gather_over_ranks(peak_memory(world.device))
+        self.say(f"peak memory: {', '.join(f'{peak / 2**30:.2f}' for peak in peaks)} GiB")
         return {
             "output": str(self.directory),
             "step": self.step,
             "loss": self.loss,
             "seconds": self.seconds,
             "parameters": self.num_parameters,
+            "peak_memory": peaks,
             "evaluations": self.evaluations,
         }
 
@@ -573,7 +616,8 @@ class Trainer:
             return evaluate()
 
     def _predict(self, graph: ExtendedGraph) -> Prediction:
-        return self.objective.model(graph)
+        with self.engine.calling_module():
+            return self.objective.model(graph)
 
 
 def _checkpoint_name(step: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,14 @@ def call(layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
 def inside(layer: nn.Module) -> nn.Module:
     """What a layer computes, where it is another module that holds its parameters (`egnscale.scaling.flat`)."""
     return getattr(layer, "body", layer)
+
+
+def modules_by_name(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules of a model, those of layers that others hold parameters for among them."""
+    for name, module in model.named_modules():
+        yield name, module
+        if inside(module) is not module:
+            yield from inside(module).named_modules(prefix=name)
 
 
 class LayeredModel(nn.Module):

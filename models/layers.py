@@ -185,6 +185,7 @@ class Dense(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, *, activation: bool = False) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(he_orthogonal_(torch.empty(out_features, in_features)))
         self.activation = activation
 
@@ -193,8 +194,7 @@ class Dense(nn.Module):
         return scaled_silu(y) if self.activation else y
 
     def extra_repr(self) -> str:
-        out_features, in_features = self.weight.shape
-        return f"{in_features} -> {out_features}{', scaled_silu' if self.activation else ''}"
+        return f"{self.in_features} -> {self.out_features}{', scaled_silu' if self.activation else ''}"
 
 
 class Residual(nn.Module):
@@ -270,6 +270,7 @@ class Linear(nn.Module):
     ) -> None:
         """`glorot`: initialise orthogonally with zero bias; otherwise uniformly, as `torch.nn.Linear` does."""
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.activation = activation
@@ -286,8 +287,7 @@ class Linear(nn.Module):
         return silu(y) if self.activation else y
 
     def extra_repr(self) -> str:
-        out_features, in_features = self.weight.shape
-        return f"{in_features} -> {out_features}{', silu' if self.activation else ''}"
+        return f"{self.in_features} -> {self.out_features}{', silu' if self.activation else ''}"
 
 
 class BiasedResidual(nn.Module):

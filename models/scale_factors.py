@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from egnscale.models.graph import ExtendedGraph, GraphPartition
+from egnscale.models.layered import call, inside, modules_by_name
 from egnscale.models.layers import ScaleFactor
 
 
 def unfitted(model: nn.Module) -> list[str]:
     """Names of the scale factors that are not fitted."""
-    return [name for name, module in model.named_modules() if isinstance(module, ScaleFactor) and not module.fitted]
+    return [name for name, module in modules_by_name(model) if isinstance(module, ScaleFactor) and not module.fitted]
 
 
 @torch.no_grad()
@@ -37,24 +38,24 @@ def fit_scale_factors(
     Raises:
         ValueError: if a variance is zero or not finite, naming the factor.
     """
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in modules_by_name(model)}
     factors: dict[str, float] = {}
     inputs: list[tuple] = [(graph,) for graph in graphs]
     for layer in model.layers:  # type: ignore[union-attr]
         for factor in _in_execution_order(layer, inputs[0]):
             factors[names[factor]] = _fit(factor, names[factor], layer, inputs, reduce)
-        inputs = [(layer(*args), graph) for args, graph in zip(inputs, graphs, strict=True)]
+        inputs = [(call(layer, inside(layer), *args), graph) for args, graph in zip(inputs, graphs, strict=True)]
     return factors
 
 
 def _in_execution_order(layer: nn.Module, args: tuple) -> list[ScaleFactor]:
     order: list[ScaleFactor] = []
-    sites = [module for module in layer.modules() if isinstance(module, ScaleFactor)]
+    sites = [module for module in inside(layer).modules() if isinstance(module, ScaleFactor)]
     for site in sites:
         site.observer = partial(_append, order, site)
     try:
         if sites:
-            layer(*args)
+            call(layer, inside(layer), *args)
     finally:
         for site in sites:
             site.observer = None
@@ -80,7 +81,7 @@ def _fit(
     try:
         for args in inputs:
             factor.observer = partial(observe, args[-1].partition)
-            layer(*args)
+            call(layer, inside(layer), *args)
     finally:
         factor.observer = None
     out, reference = reduce(moments).tolist()

@@ -11,6 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from egnscale.scaling.combinations import Offload, Precision
+
 #: DeepSpeed counts micro-batches in "samples". Ours is one graph, however many structures it holds.
 MICRO_BATCH = 1
 REFUSED = {
@@ -18,6 +20,15 @@ REFUSED = {
     "checkpointing gives wrong gradients where forces are derivatives",
     "optimizer": "the optimizer comes from the run's `optim` section",
     "scheduler": "the learning-rate schedule comes from the run's `optim.scheduler`",
+}
+#: Where a file says what its settings are for. DeepSpeed ignores it.
+COMMENTS = "//"
+#: Devices of (offload_optimizer, offload_param).
+_DEVICES: dict[Offload, tuple[str, str]] = {
+    "none": ("none", "none"),
+    "optimizer": ("cpu", "none"),
+    "parameters": ("cpu", "cpu"),
+    "nvme": ("nvme", "nvme"),
 }
 
 
@@ -28,6 +39,11 @@ def preset_names() -> list[str]:
         for path in files("egnscale.ds_configs").iterdir()
         if path.name.endswith(".json")
     )
+
+
+def preset_name(zero: int, offload: Offload | None) -> str:
+    """The shipped file for a ZeRO stage and what it keeps off the device."""
+    return f"zero{zero}" if offload in (None, "none") else f"zero{zero}-offload-{offload}"
 
 
 def read_ds_config(source: str | Path) -> dict[str, Any]:
@@ -55,20 +71,36 @@ def read_ds_config(source: str | Path) -> dict[str, Any]:
     return config
 
 
+def offload_of(config: dict[str, Any]) -> Offload:
+    """What a DeepSpeed configuration keeps off the device."""
+    zero = config.get("zero_optimization", {})
+    optimizer, parameters = ((zero.get(key) or {}).get("device") for key in ("offload_optimizer", "offload_param"))
+    if "nvme" in (optimizer, parameters):
+        return "nvme"
+    return "parameters" if parameters == "cpu" else "optimizer" if optimizer == "cpu" else "none"
+
+
 def complete_ds_config(
     base: dict[str, Any],
     *,
     zero: int,
-    precision: str,
+    precision: Precision,
     gradient_accumulation: int,
     clip_grad_norm: float | None,
+    offload: Offload | None = None,
+    swap: Path | None = None,
 ) -> dict[str, Any]:
     """Fill in what the run decides.
+
+    Args:
+        offload: None leaves it to the file.
+        swap: directory of what goes to NVMe, where the file names none.
 
     Raises:
         ValueError: where the file contradicts the run, naming the key and both values.
     """
     config = json.loads(json.dumps(base))
+    config.pop(COMMENTS, None)
     for key, reason in REFUSED.items():
         if key in config:
             raise ValueError(f"the DeepSpeed configuration sets {key!r}, but {reason}; remove it")
@@ -79,12 +111,19 @@ def complete_ds_config(
         "gradient_clipping": float(clip_grad_norm or 0.0),
         "zero_optimization.stage": zero,
         "bf16.enabled": precision == "bf16",
+        "fp16.enabled": precision == "fp16",
     }
+    if offload is not None:
+        for key, device in zip(("offload_optimizer", "offload_param"), _DEVICES[offload], strict=True):
+            if device != "none" or config.get("zero_optimization", {}).get(key):
+                decided[f"zero_optimization.{key}.device"] = device
     for key, value in decided.items():
         *sections, name = key.split(".")
         section = config
         for part in sections:
-            section = section.setdefault(part, {})
+            if section.get(part) is None:
+                section[part] = {}
+            section = section[part]
         given = section.get(name, "auto")
         if given not in ("auto", value):
             raise ValueError(
@@ -95,8 +134,12 @@ def complete_ds_config(
         raise ValueError(
             "the DeepSpeed configuration sets train_batch_size; batches are set by optim.batch_size; remove it"
         )
-    if config.get("fp16", {}).get("enabled") is True:
-        raise ValueError("the DeepSpeed configuration enables fp16; set parallel.precision to fp32 or bf16")
+    for key in ("offload_optimizer", "offload_param"):
+        section = config["zero_optimization"].get(key) or {}
+        if section.get("device") == "nvme" and "nvme_path" not in section:
+            if swap is None:
+                raise ValueError(f"the DeepSpeed configuration lacks zero_optimization.{key}.nvme_path")
+            section["nvme_path"] = str(swap)
     config.setdefault("steps_per_print", 10**9)
     # The optimizer is torch's AdamW, handed over ready made.
     config.setdefault("zero_allow_untested_optimizer", True)

@@ -1,8 +1,8 @@
-"""Exponential moving average of the weights, held in fp32 and sharded as the parameters are."""
+"""Exponential moving average of the weights: of the fp32 masters, and shared out among the ranks as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,35 +15,36 @@ class ExponentialMovingAverage:
     """shadow <- decay * shadow + (1 - decay) * weight after every optimizer step.
 
     Args:
-        engine: whose parameters to average.
+        engine: whose master weights to average.
         decay: in (0, 1).
     """
 
     def __init__(self, engine: Engine, decay: float) -> None:
         self.engine, self.decay = engine, decay
-        self.shadow = {name: part.float().clone() for name, part in engine.held()}
+        #: Of each parameter this rank's part, flat.
+        self.shadow = {name: part.float().clone() for name, part in engine.masters()}
 
     @torch.no_grad()
     def update(self) -> None:
-        for name, part in self.engine.held():
+        for name, part in self.engine.masters():
             self.shadow[name].lerp_(part.float(), 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Run the enclosed code with the averaged weights in the module. Collective at ZeRO stage 3."""
+        """Run the enclosed code with the averaged weights in the module. Collective from ZeRO stage 1 on."""
         kept = {name: part.clone() for name, part in self.engine.held()}
-        self.engine.write_held(self.shadow)
+        self.engine.use(self.shadow)
         try:
             yield
         finally:
             self.engine.write_held(kept)
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, averaged parameter), whole. Collective at ZeRO stage 3: every rank must exhaust it."""
+        """(name, averaged parameter), whole. Collective from ZeRO stage 1 on: every rank must exhaust it."""
         for name, part in self.shadow.items():
-            yield name, self.engine.assemble(name, part)
+            yield name, self.engine.whole(name, part)
 
-    def load_whole(self, weights: dict[str, Tensor]) -> None:
-        """Take the averages from whole parameters. Local."""
+    def load_whole(self, read: Callable[[str], Tensor]) -> None:
+        """Take the averages from whole parameters, read one by one by their names. Local."""
         for name, part in self.shadow.items():
-            part.copy_(self.engine.part_of(name, weights[name].float()).to(part.device))
+            part.copy_(self.engine.part(name, read(name)))

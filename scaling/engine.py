@@ -12,9 +12,10 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 # Set before the import: DeepSpeed probes the machine and configures its logger while it is imported.
 if not torch.cuda.is_available():
@@ -166,6 +168,42 @@ def once(action: Callable[[], Any]) -> None:
         raise (OSError if problem[0] else ValueError)(problem[1])
 
 
+@contextmanager
+def sharded_layers(ds_config: dict[str, Any], model: type[nn.Module]) -> Iterator[None]:
+    """Within, a model is built for ZeRO-3 layer by layer: never is more than one of its layers whole.
+
+    A layer's parameters are shared out among the ranks as soon as it is part of the model, or of a list of layers.
+    DeepSpeed's own context would put buffers and constants into the parameters' precision, and shares out a module's
+    parameters before its parent has initialised them.
+
+    Args:
+        ds_config: the complete DeepSpeed configuration.
+        model: class of what holds layers.
+    """
+    precisions = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = next((dtype for key, dtype in precisions.items() if ds_config.get(key, {}).get("enabled")), torch.float32)
+
+    swapper = None
+
+    def share(parent: nn.Module, name: str, layer: nn.Module | None) -> None:
+        nonlocal swapper
+        if layer is None or not isinstance(parent, (model, nn.ModuleList)):
+            return
+        whole = [parameter for parameter in layer.parameters() if not hasattr(parameter, "ds_id")]
+        for parameter in whole:
+            parameter.data = parameter.data.to(dtype)
+        if whole:
+            # One swapper for all layers: with NVMe it has the buffers that they pass through.
+            context = deepspeed.zero.Init(module=layer, config_dict_or_path=ds_config, param_swapper=swapper)
+            swapper = context.param_swapper
+
+    hook = register_module_module_registration_hook(share)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 #: DeepSpeed's counters; they go on where a resumed run goes on.
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
@@ -187,13 +225,14 @@ class Engine:
         self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], world: World
     ) -> None:
         offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
-        if offload.get("device") == "nvme" or offload.get("ratio", 1.0) != 1.0:
+        if offload.get("ratio", 1.0) != 1.0:
             raise ValueError(
-                "the DeepSpeed configuration offloads the optimizer to NVMe, or a part of it only, "
-                'and such state cannot be saved yet; set offload_optimizer to {"device": "cpu"}'
+                "the DeepSpeed configuration offloads a part of the optimizer (ratio), and such state cannot be saved; "
+                "leave ratio out"
             )
         self.world = world
         self.module = module
+        self._trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self._engine, *_ = deepspeed.initialize(
             model=module.to(world.device), optimizer=optimizer, config=ds_config, dist_init_required=False
@@ -206,6 +245,21 @@ class Engine:
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
+
+    @contextmanager
+    def calling_module(self) -> Iterator[None]:
+        """Within, the module and its parts may be called directly, as evaluation does: without the engine's backward.
+
+        ZeRO-3 gathers what a part uses of another one's parameters only where it is told that a forward pass is on.
+        """
+        parts = [module._parameters for module in self.module.modules() if hasattr(module._parameters, "_in_forward")]
+        for parameters in parts:
+            parameters._in_forward = True
+        try:
+            yield
+        finally:
+            for parameters in parts:
+                parameters._in_forward = False
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
@@ -228,48 +282,88 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         return math.nan if norm is None else float(norm)
 
-    # What a rank holds. Stages 0 to 2: every parameter whole. Stage 3: a flat shard of each, padded to equal size.
+    # What a rank computes with. Stages 0 to 2: every parameter whole. Stage 3: a flat shard of each, of equal size.
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, the part that this rank holds) of each trainable parameter; the tensors are live."""
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                yield name, (parameter.ds_tensor if self.zero_stage == 3 else parameter).detach()  # type: ignore[attr-defined]
+        """(name, what this rank holds) of each trainable parameter, in the precision it computes in; live tensors."""
+        for name, parameter in self._trainable.items():
+            yield name, (parameter.ds_tensor if self.zero_stage == 3 else parameter).detach()  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def write_held(self, parts: dict[str, Tensor]) -> None:
-        """Overwrite the module's parameters with parts shaped as `held` gives them (not the optimizer's masters)."""
-        for name, parameter in self.module.named_parameters():
-            if name not in parts:
-                continue
+    def write_held(self, parts: Mapping[str, Tensor]) -> None:
+        """Overwrite what `held` gives, not the masters. Collective at stage 3."""
+        for name, part in parts.items():
+            parameter = self._trainable[name]
             if self.zero_stage < 3:
-                parameter.copy_(parts[name])
+                parameter.copy_(part)
                 continue
-            parameter.ds_tensor.copy_(parts[name])  # type: ignore[attr-defined]
+            shard: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+            shard.copy_(part)
             if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
                 # Small parameters stay gathered between steps.
-                parameter.data.copy_(self.assemble(name, parts[name]))
+                flat = torch.empty(shard.numel() * self.world.size, dtype=shard.dtype, device=self.world.device)
+                dist.all_gather_into_tensor(flat, shard.to(flat.device))
+                parameter.copy_(flat[: parameter.numel()].view_as(parameter))
+        if self.zero_stage == 3:
+            self._engine.optimizer.invalidate_secondary_tensor()
 
-    def assemble(self, name: str, part: Tensor) -> Tensor:
-        """The whole of a parameter-shaped quantity from the parts that the ranks hold. Collective at stage 3."""
-        if self.zero_stage < 3:
-            return part
-        shape = self._parameter(name).ds_shape  # type: ignore[attr-defined]
-        flat = part.new_empty(part.numel() * self.world.size)
-        dist.all_gather_into_tensor(flat, part.contiguous().view(-1))
-        return flat[: shape.numel()].view(shape)
+    # Master weights, and what else has a number for each of theirs: in fp32, of stage 1 on shared out among the ranks.
 
-    def part_of(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's part of a whole parameter-shaped quantity: the inverse of `assemble`. Local."""
-        if self.zero_stage < 3:
-            return whole
-        shard = self._parameter(name).ds_tensor  # type: ignore[attr-defined]
-        flat = whole.new_zeros(shard.numel() * self.world.size)
-        flat[: whole.numel()] = whole.reshape(-1)
-        return flat.view(self.world.size, -1)[self.world.rank].clone()
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, this rank's elements of the master weight) of each trainable parameter: flat, live."""
+        for name, piece in self._pieces.items():
+            yield name, piece.of(piece.holder)
 
-    def _parameter(self, name: str) -> nn.Parameter:
-        return dict(self.module.named_parameters())[name]
+    def whole_masters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, master weight), whole. Collective from stage 1 on: every rank must exhaust it."""
+        for name, part in self.masters():
+            yield name, self.whole(name, part)
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """A parameter-shaped quantity from the parts that the ranks have of it, fp32. Collective from stage 1 on."""
+        piece = self._pieces[name]
+        flat = torch.zeros(piece.shape.numel(), device=self.world.device)
+        flat[piece.start : piece.start + piece.count] = part
+        if self.zero_stage > 0 and self.world.size > 1:
+            # An element comes from one rank and the others add zero; summed as integers, its bits stay as they are.
+            dist.all_reduce(flat.view(torch.int32))
+        return flat.view(piece.shape)
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of a parameter-shaped quantity: the inverse of `whole`. Local."""
+        piece = self._pieces[name]
+        return whole.reshape(-1)[piece.start : piece.start + piece.count]
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of each trainable parameter, whole."""
+        return {name: piece.shape for name, piece in self._pieces.items()}
+
+    @torch.no_grad()
+    def use(self, parts: Mapping[str, Tensor]) -> None:
+        """Compute with other weights than the masters, until `write_held`: given as parts of them. Collective."""
+        self._write_weights((name, self.whole(name, part)) for name, part in parts.items())
+
+    @torch.no_grad()
+    def set_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take whole weights for the masters, and compute with them. Collective at stage 3."""
+        masters = dict(self.masters())
+
+        def through_masters() -> Iterator[tuple[str, Tensor]]:
+            for name, whole in weights:
+                masters[name].copy_(self.part(name, whole))
+                yield name, whole
+
+        self._write_weights(through_masters())
+
+    def _write_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, whole in weights:
+            part = whole
+            if self.zero_stage == 3:
+                shard: Tensor = self._trainable[name].ds_tensor  # type: ignore[attr-defined]
+                part = torch.zeros_like(shard)
+                mine = self.part(name, whole)
+                part[: mine.numel()] = mine
+            self.write_held({name: part})
 
     # The training state: fp32 masters and the optimizer's state.
 
@@ -281,7 +375,7 @@ class Engine:
         """
         problem = write_state(
             directory,
-            self._pieces(),
+            self._pieces,
             self._engine.basic_optimizer,
             dict(self.module.named_buffers()),
             {name: getattr(self._engine, name) for name in _COUNTERS},
@@ -301,7 +395,7 @@ class Engine:
         try:
             counters = read_state(
                 directory,
-                self._pieces(),
+                self._pieces,
                 self._engine.basic_optimizer,
                 dict(self.held()),
                 dict(self.module.named_buffers()),
@@ -315,13 +409,13 @@ class Engine:
             setattr(self._engine, name, counters[name])
         if self.zero_stage == 3:
             self.write_held(dict(self.held()))  # small parameters stay gathered between steps
-            self._engine.optimizer.invalidate_secondary_tensor()
 
+    @cached_property
     def _pieces(self) -> dict[str, Piece]:
         """Where this rank keeps its piece of each trainable parameter's training state."""
         optimizer, rank = self._engine.optimizer, self.world.rank
         found: dict[int, Piece] = {}
-        trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        trainable = self._trainable
         if self.zero_stage == 0:
             groups = getattr(optimizer, "fp16_groups", None)
             masters = {id(p): p for p in trainable.values()}

@@ -14,7 +14,7 @@ from spawn import spawn
 from toy import make_dataset, slab, write_config
 
 from egnscale.launch.cli import main
-from egnscale.launch.run_files import read_weights
+from egnscale.launch.weights import read_weights
 from egnscale.scaling.checkpoint import find_checkpoint
 
 SPREAD = ["parallel.graph=2", "parallel.zero=1"]

@@ -13,7 +13,7 @@ import pytest
 from launchers import ENVIRONMENT, ROOT, deepspeed, log, start, torchrun
 from toy import make_dataset, write_config
 
-from egnscale.launch.run_files import read_weights
+from egnscale.launch.weights import read_weights
 from egnscale.scaling.checkpoint import find_checkpoint
 
 

@@ -638,7 +638,8 @@ def test_weights_that_are_no_weights(
 
 
 def test_what_public_models_cannot_be_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from egnscale.launch.run_files import RUN, WEIGHTS, run_record, write_tensors
+    from egnscale.launch.run_files import RUN, WEIGHTS, run_record
+    from egnscale.launch.weights import write_tensors
     from egnscale.scaling.checkpoint import write_checkpoint
 
     def trained(name: str, **hyperparameters: Any) -> Path:

@@ -23,7 +23,8 @@ from egnscale.data.batch import build_graph, cell_coordinates
 from egnscale.data.neighbors import GraphSpec
 from egnscale.launch.cli import main
 from egnscale.launch.loading import graph_spec
-from egnscale.launch.run_files import WEIGHTS, read_weights
+from egnscale.launch.run_files import WEIGHTS
+from egnscale.launch.weights import read_weights
 from egnscale.models import EGN, ExtendedGraph, build_model
 from egnscale.models.graph import Triplets
 from egnscale.models.layered import call

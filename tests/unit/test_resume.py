@@ -16,7 +16,7 @@ import pytest
 from toy import make_dataset, write_config
 
 from egnscale.launch.cli import main
-from egnscale.launch.run_files import read_weights
+from egnscale.launch.weights import read_weights
 from egnscale.scaling.checkpoint import find_checkpoint, verify_checkpoint
 
 STEPS = 24

@@ -16,7 +16,8 @@ from toy import make_dataset, make_relaxed_dataset, write_config
 from egnscale.data.store import Store
 from egnscale.launch import Calculator
 from egnscale.launch.cli import main
-from egnscale.launch.run_files import load_trained, read_weights
+from egnscale.launch.run_files import load_trained
+from egnscale.launch.weights import read_weights
 from egnscale.scaling.checkpoint import _seal, find_checkpoint
 
 DIMENET = (
