@@ -103,6 +103,19 @@ def test_flat_layers_are_recomputed_in_whichever_order_it_was_said(how: Any, cal
     assert len(called) == calls * len(model.blocks)
 
 
+def test_whatever_a_flat_layer_gives_others_see_one_tensor() -> None:
+    """ZeRO-3 gathers parameters once for each, and ranks whose graphs have more buckets would run ahead."""
+    model = conservative("gemnet_t")
+    graph = graph_for(model, structures.slab(), structures.water(periodic=False))
+    assert len(graph.buckets.shapes) > 1
+    flatten_layers(model)
+    seen: list[int] = []
+    for holder in (model.embedding, *model.blocks):
+        holder.register_forward_hook(lambda *a: seen.append(sum(isinstance(x, Tensor) for x in tree_flatten(a[2])[0])))
+    reverse_over_forward(model, graph)
+    assert seen == [1] * 2 * (1 + len(model.blocks))
+
+
 def states(model: AtomModel, graph: ExtendedGraph) -> list[Any]:
     """What each layer but the last is given."""
     found: list[Any] = [graph.positions]
