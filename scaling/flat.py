@@ -29,7 +29,7 @@ class _Join(torch.autograd.Function):
         return (tensors[0].new_zeros(()), *(x.view_as(x) for x in tensors))
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return grads
 
 
@@ -43,7 +43,7 @@ class _Part(torch.autograd.Function):
         return tuple(x.view_as(x) for x in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return (torch.zeros_like(*ctx.saved_tensors), *grads)
 
 
