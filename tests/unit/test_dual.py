@@ -14,7 +14,7 @@ import pytest
 import structures
 import torch
 from small_models import BATCHES, conservative, graph_for
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from egnscale.models import AtomModel, ExtendedGraph, layers
@@ -141,9 +141,7 @@ def states(model: AtomModel, graph: ExtendedGraph) -> list[Any]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_layer_by_itself(name: str) -> None:
-    """The gradient, of parameters and inputs, of the slope of a random sum of a layer's outputs along a random direction
-    of its inputs.
-    """
+    """The gradient, of parameters and inputs, of the slope of a random sum of outputs along a random direction."""
     model = conservative(**MODELS[name])
     graph = graph_for(model, structures.slab(), structures.water(periodic=False))
     generator = torch.Generator().manual_seed(0)
