@@ -98,7 +98,7 @@ CLIPPED = [
 ]
 THREE = [Case(*run, 3, 1, "sgd") for run in RUNS]
 GRADIENTS = [Case(*run, *layout) for run, layout in product(RUNS, LAYOUTS)]
-#: In fp64 the loss is that of one rank's own atoms in every way to a gradient; in steps, in each of the three.
+#: For every way to a gradient, in steps and in fp64.
 CONTROLS = [
     Case(model, Combination(forces=forces, second_order=how, zero=1), 2, 1, optimizer, wrong=True)
     for model, forces, how in (
