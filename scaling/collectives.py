@@ -3,7 +3,10 @@
 An exchange is two operations, `post` and `arrive`, so that others fit in between. Each is the transpose of the other:
 backward posts the opposite exchange where forward waited, and waits where forward posted. Because autograd runs
 backward in the reverse order of forward, what overlaps in forward overlaps in backward too. Both are differentiable any
-number of times, and have a jvp.
+number of times.
+
+A dual number (`torch.autograd.forward_ad`) travels as one row, its value and its tangent side by side: a pass on dual
+numbers exchanges twice the bytes of a plain one in the same number of messages, backward and in a replay as well.
 
 What autograd sees between the two is a token, a scalar that stands for the exchange; the rows themselves arrive in a
 buffer that nobody can read too early.
@@ -20,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 Counts = tuple[int, ...]
@@ -189,7 +193,7 @@ class CountedGroup(GraphGroup):
 
 @dataclass
 class _Flight:
-    """One exchange under way; `back` and `tangent` are those of its backward and of its jvp."""
+    """One exchange under way; `back` is that of its backward."""
 
     group: GraphGroup
     site: Site
@@ -199,7 +203,6 @@ class _Flight:
     buffer: Tensor | None = None
     work: dist.Work | None = None
     back: _Flight | None = None
-    tangent: _Flight | None = None
 
     def reversed(self) -> _Flight:
         site = self.site._replace(direction="backward")
@@ -236,12 +239,6 @@ class _Post(torch.autograd.Function):
     def backward(ctx: Any, token: Tensor) -> tuple[Tensor, None]:
         return _Arrive.apply(token, ctx.flight.back), None
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        flight = ctx.flight
-        flight.tangent = _Flight(flight.group, flight.site, flight.sent, flight.received)
-        return _Post.apply(tangent, flight.tangent)
-
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
@@ -257,9 +254,19 @@ class _Arrive(torch.autograd.Function):
         ctx.flight.back = ctx.flight.reversed()
         return _Post.apply(grad, ctx.flight.back), None
 
-    @staticmethod
-    def jvp(ctx: Any, token: Tensor, _: None) -> Tensor:
-        return _Arrive.apply(token, ctx.flight.tangent)
+
+def _paired(x: Tensor) -> tuple[Tensor, bool]:
+    """(N, ...) dual numbers -> plain (N, 2, ...), value and tangent of each row, and True; anything else as it is.
+
+    Whether rows have tangents follows from the model and is the same on all ranks, also where there are no rows.
+    """
+    value, tangent = forward_ad.unpack_dual(x)
+    return (x, False) if tangent is None else (torch.stack([value, tangent], min(1, x.dim())), True)
+
+
+def _dual(pairs: Tensor) -> Tensor:
+    """The inverse of `_paired`, for pairs."""
+    return forward_ad.make_dual(*pairs.unbind(min(1, pairs.dim() - 1)))
 
 
 class Exchange:
@@ -271,11 +278,13 @@ class Exchange:
 
     def __init__(self, rows: Tensor, group: GraphGroup, verb: str, sent: Counts, received: Counts) -> None:
         self._flight = _Flight(group, group.traffic.site(verb), sent, received)
+        rows, self._pairs = _paired(rows)
         self._token = _Post.apply(rows, self._flight)
 
     def wait(self) -> Tensor:
         """(sum(received), F), those from part 0 first. Once."""
-        return _Arrive.apply(self._token, self._flight)
+        rows = _Arrive.apply(self._token, self._flight)
+        return _dual(rows) if self._pairs else rows
 
 
 class _Sum(torch.autograd.Function):
@@ -297,11 +306,9 @@ class _Sum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _Sum.apply(grad, ctx.group, ctx.site._replace(direction="backward")), None, None
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _Sum.apply(tangent, ctx.group, ctx.site)
-
 
 def sum_over_parts(x: Tensor, group: GraphGroup, verb: str) -> Tensor:
     """The sum of a tensor over the ranks that share a graph, for each of them. Its transpose is itself."""
-    return _Sum.apply(x, group, group.traffic.site(verb))
+    x, pairs = _paired(x)
+    total = _Sum.apply(x, group, group.traffic.site(verb))
+    return _dual(total) if pairs else total

@@ -1,10 +1,18 @@
-"""Which settings of a run work together: one list of rules for the trainer, the planner, the tests and the docs."""
+"""Which settings of a run work together: one list of rules for the trainer, the planner, the tests and the docs.
+
+python -m egnscale.scaling.combinations docs/combinations.md    # writes its tables anew
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+#: Of positions -> energy: an energy and forces by a head, forces as its gradient, no forces.
+Forces = Literal["direct", "conservative", "none"]
 
 #: How conservative forces are trained on: the gradient of a gradient, or one of a directional derivative.
 SecondOrder = Literal["double_backward", "reverse_over_forward"]
@@ -18,7 +26,7 @@ Offload = Literal["none", "optimizer", "parameters", "nvme"]
 class Combination:
     """The settings of a run that depend on each other, under their names in `parallel` and `model`."""
 
-    forces: Literal["direct", "conservative", "none"] = "direct"
+    forces: Forces = "direct"
     second_order: Literal["auto"] | SecondOrder = "auto"
     zero: int = 0
     recompute: Recompute = "none"
@@ -28,24 +36,28 @@ class Combination:
 
     def why_not(self) -> str | None:
         """Why it cannot work, and what would: one line; None where it works."""
-        for rule in RULES:
-            if rule.applies(self):
-                near = self.nearest()
-                changes = [
-                    f"{'model' if field.name == 'forces' else 'parallel'}.{field.name} to {getattr(near, field.name)}"
-                    for field in fields(self)
-                    if getattr(near, field.name) != getattr(self, field.name)
-                ]
-                others = f", {rule.otherwise}" if rule.otherwise else ""
-                return f"{rule.reason.format(**vars(self))}; set {' and '.join(changes)}{others}"
-        return None
+        rule = self._broken()
+        if rule is None:
+            return None
+        near = self.nearest()
+        changes = [
+            f"{'model' if field.name == 'forces' else 'parallel'}.{field.name} to {getattr(near, field.name)}"
+            for field in fields(self)
+            if getattr(near, field.name) != getattr(self, field.name)
+        ]
+        others = f", {rule.otherwise}" if rule.otherwise else ""
+        return f"{rule.reason.format(**vars(self))}; set {' and '.join(changes)}{others}"
 
     def nearest(self) -> Combination:
         """Itself where it works, else that which differs in the fewest settings, by the order of the rules."""
         found = self
-        while broken := next((rule for rule in RULES if rule.applies(found)), None):
+        while broken := found._broken():
             found = replace(found, **broken.instead(found))
         return found
+
+    def _broken(self) -> Rule | None:
+        """The first rule that it breaks."""
+        return next((rule for rule in RULES if rule.applies(self)), None)
 
     @property
     def chosen_second_order(self) -> SecondOrder:
@@ -103,3 +115,71 @@ def every_combination(**fixed: Any) -> Iterator[Combination]:
     for name, values in fixed.items():
         combinations = [replace(one, **{name: value}) for one in combinations for value in values]
     yield from combinations
+
+
+# The tables of docs/combinations.md
+
+BEGIN, END = "<!-- tables of egnscale.scaling.combinations -->\n", "<!-- end of tables -->\n"
+ZERO = (0, 1, 2, 3)
+
+
+def legal_tables() -> str:
+    """Markdown: what goes with what, each cell with all that has no part in its table; and why not, numbered."""
+    broken: dict[Rule, str] = {}  # what each says of the first combination that breaks it
+
+    def cell(**settings: Any) -> str:
+        found = set()
+        for one in every_combination(**{name: [value] for name, value in settings.items()}, recompute=_RECOMPUTE):
+            rule = one._broken()
+            if rule is not None:
+                broken.setdefault(rule, one.why_not() or "")
+            found.add("yes" if rule is None else f"no ({list(broken).index(rule) + 1})")
+        assert len(found) == 1, "recomputation has a part in this"
+        auto = settings.get("forces") == "conservative" and settings["second_order"] == "auto"
+        return f"`{Combination(**settings).chosen_second_order}`" if auto else found.pop()
+
+    orders = [
+        [f"`{forces}`", f"`{order}`", *(cell(forces=forces, second_order=order, zero=zero) for zero in ZERO)]
+        for forces in get_args(Forces)
+        for order in ("auto", *get_args(SecondOrder))
+    ]
+    offloads = [[f"`{kept}`", *(cell(offload=kept, zero=zero) for zero in ZERO)] for kept in get_args(Offload)]
+    precisions = [
+        [f"`{precision}`", *(cell(precision=precision, fp16_device=able) for able in (True, False))]
+        for precision in get_args(Precision)
+    ]
+    stages = [f"ZeRO-{zero}" for zero in ZERO]
+    return "\n".join(
+        [
+            "Forces (`model.forces`) and how they are trained (`parallel.second_order`; of `auto`, which is meant):\n",
+            _table(["forces", "second order", *stages], orders),
+            "What is kept off the device (`parallel.offload`):\n",
+            _table(["offload", *stages], offloads),
+            "Precision of matrix products (`parallel.precision`):\n",
+            _table(["precision", "device computes in fp16", "it does not"], precisions),
+            "What is refused, in the words of the refusal, which end with what to set instead:\n",
+            *(f"{number}. {reason}" for number, reason in enumerate(broken.values(), start=1)),
+            "",
+        ]
+    )
+
+
+_RECOMPUTE = get_args(Recompute)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def with_tables(page: str) -> str:
+    """A page whose tables, between the markers, are those of the rules."""
+    before, _, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert end, "a page with both markers"
+    return f"{before}{BEGIN}\n{legal_tables()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[1])
+    page.write_text(with_tables(page.read_text()))

@@ -42,8 +42,12 @@ def preset_names() -> list[str]:
 
 
 def preset_name(zero: int, offload: Offload | None) -> str:
-    """The shipped file for a ZeRO stage and what it keeps off the device."""
-    return f"zero{zero}" if offload in (None, "none") else f"zero{zero}-offload-{offload}"
+    """The shipped file for a ZeRO stage and what it keeps off the device; what cannot be kept there has none.
+
+    That it cannot, and what can, is said by `egnscale.scaling.combinations`.
+    """
+    name = f"zero{zero}-offload-{offload}"
+    return name if name in preset_names() else f"zero{zero}"
 
 
 def read_ds_config(source: str | Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import structures
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from egnscale.data.batch import cell_coordinates
 from egnscale.data.sample import Sample
 from egnscale.models import ExtendedGraph, Prediction
+from egnscale.models.dual import dual_energies
 from egnscale.scaling.partition import partition_by_owner
 
 
@@ -46,6 +48,9 @@ def loss(prediction: Prediction, graph: ExtendedGraph) -> Tensor:
     return (weights * found).sum()
 
 
+Gradients = Callable[[Any, ExtendedGraph], tuple[Prediction, dict[str, Tensor]]]
+
+
 def gradients(network: nn.Module, graph: ExtendedGraph) -> tuple[Prediction, dict[str, Tensor]]:
     """The prediction, and the gradient of `loss` for every parameter."""
     prediction = network(graph)
@@ -54,10 +59,31 @@ def gradients(network: nn.Module, graph: ExtendedGraph) -> tuple[Prediction, dic
     return prediction, dict(zip(names, found, strict=True))
 
 
-def largest_error(mesh: Any, network: nn.Module, whole: ExtendedGraph, samples: list[Sample], floor: float) -> float:
+def gradients_by_dual_numbers(network: Any, graph: ExtendedGraph) -> tuple[Prediction, dict[str, Tensor]]:
+    """The same, of a model with conservative forces, by reverse over forward."""
+    with torch.no_grad():
+        prediction = network(graph)
+    energy, forces = prediction.energy.requires_grad_(), prediction.forces.requires_grad_()
+    of_energy, of_forces = torch.autograd.grad(loss(Prediction(energy, forces), graph), (energy, forces))
+    sharing = graph.partition.reduce(of_forces.new_ones(1))  # as many losses depend on each force
+    energies, slopes = dual_energies(network, graph, -of_forces / sharing)
+    found = torch.autograd.grad((of_energy * energies).sum() + slopes.sum(), list(network.parameters()))
+    names = (name for name, _ in network.named_parameters())
+    return Prediction(energy.detach(), forces.detach()), dict(zip(names, found, strict=True))
+
+
+def largest_error(
+    mesh: Any,
+    network: nn.Module,
+    whole: ExtendedGraph,
+    samples: list[Sample],
+    floor: float,
+    by: Gradients = gradients,
+) -> float:
     """Of energies, forces and all parameter gradients of a shared graph, against one process.
 
     Args:
+        by: how the gradients of the shared graph are found.
         floor: errors are relative, but to no less than this: what cancels to nothing (forces in a crystal) is as exact
             as the rounding of what it is a sum of.
     """
@@ -65,7 +91,7 @@ def largest_error(mesh: Any, network: nn.Module, whole: ExtendedGraph, samples: 
 
     wanted, wanted_gradients = gradients(network, whole)
     graph = part_of(mesh, whole, samples)
-    found, found_gradients = gradients(network, graph)
+    found, found_gradients = by(network, graph)
 
     def error(ours: Tensor, theirs: Tensor) -> float:
         return float((ours - theirs).detach().norm() / theirs.detach().norm().clamp(min=floor))

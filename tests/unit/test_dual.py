@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import structures
 import torch
 from small_models import BATCHES, conservative, graph_for
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from egnscale.models import AtomModel, ExtendedGraph, layers
+from egnscale.models.basis import RADIAL_BASES
+from egnscale.models.dimenet import Angles
 from egnscale.models.dual import dual_energies, with_tangents
 from egnscale.models.layers import linear
+from egnscale.models.triplets import TripletForm
 from egnscale.scaling.flat import flatten_layers
 from egnscale.scaling.recompute import set_recompute
 
@@ -31,6 +34,18 @@ MODELS = {
     "dimenetplusplus": {"name": "dimenetplusplus"},
     "dimenetplusplus, detached angles": {"name": "dimenetplusplus", "angles": "detached"},
 }
+
+
+def test_the_models_here_have_every_form() -> None:
+    configs = [conservative(**hyperparameters).config for hyperparameters in MODELS.values()]
+
+    def chosen(name: str) -> set[Any]:
+        return {getattr(config, name) for config in configs if hasattr(config, name)}
+
+    assert chosen("rbf") == set(RADIAL_BASES)
+    assert chosen("triplet_form") == set(get_args(TripletForm))
+    assert chosen("angles") == set(get_args(Angles))
+    assert chosen("extensive") == {False, True}
 
 
 def loss(energy: Tensor, forces: Tensor) -> Tensor:
@@ -103,17 +118,30 @@ def test_flat_layers_are_recomputed_in_whichever_order_it_was_said(how: Any, cal
     assert len(called) == calls * len(model.blocks)
 
 
+def test_whatever_a_flat_layer_gives_others_see_one_tensor() -> None:
+    """ZeRO-3 gathers parameters once for each, and ranks whose graphs have more buckets would run ahead."""
+    model = conservative("gemnet_t")
+    graph = graph_for(model, structures.slab(), structures.water(periodic=False))
+    assert len(graph.buckets.shapes) > 1
+    flatten_layers(model)
+    seen: list[int] = []
+    for holder in (model.embedding, *model.blocks):
+        holder.register_forward_hook(lambda *a: seen.append(sum(isinstance(x, Tensor) for x in tree_flatten(a[2])[0])))
+    reverse_over_forward(model, graph)
+    assert seen == [1] * 2 * (1 + len(model.blocks))
+
+
 def states(model: AtomModel, graph: ExtendedGraph) -> list[Any]:
-    """What each layer but the last is given."""
+    """What each layer is given."""
     found: list[Any] = [graph.positions]
-    for layer in model.layers[:-2]:
+    for layer in model.layers[:-1]:
         found.append(layer(graph) if len(found) == 1 else layer(found[-1], graph))
     return found
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_layer_by_itself(name: str) -> None:
-    """The gradient of the slope of a random sum of a layer's outputs, along a random direction of its inputs."""
+    """The gradient, of parameters and inputs, of the slope of a random sum of outputs along a random direction."""
     model = conservative(**MODELS[name])
     graph = graph_for(model, structures.slab(), structures.water(periodic=False))
     generator = torch.Generator().manual_seed(0)
@@ -124,8 +152,12 @@ def test_every_layer_by_itself(name: str) -> None:
     for number, state in enumerate(states(model, graph)):
         layer = model.layers[number]
 
-        def function(value: Any, layer: nn.Module = layer, number: int = number) -> Any:
-            return layer(replace(graph, positions=value)) if number == 0 else layer(value, graph)
+        def function(value: Any, layer: Any = layer, number: int = number) -> Any:
+            if number == 0:
+                return layer(replace(graph, positions=value))
+            if layer is model.layers[-1]:
+                return graph.partition.total(layer.atom_energies(value, graph))
+            return layer(value, graph)
 
         leaves, structure = tree_flatten(state)
         leaves = [None if x is None else x.detach().requires_grad_() for x in leaves]
@@ -134,10 +166,12 @@ def test_every_layer_by_itself(name: str) -> None:
         tangents, _ = tree_flatten(with_tangents(function, value, direction)[1])
         outputs, _ = tree_flatten(function(value))
         weights = [None if t is None else random_like(t) for t in tangents]
-        parameters = list(layer.parameters())
+        variables = [*layer.parameters(), *(x for x in leaves if x is not None)]
 
-        def gradient(scalar: Tensor, parameters: list[nn.Parameter] = parameters) -> list[Tensor]:
-            return list(torch.autograd.grad(scalar, parameters, allow_unused=True, materialize_grads=True))
+        def gradient(scalar: Tensor, variables: list[Tensor] = variables) -> list[Tensor]:
+            if not scalar.requires_grad:  # of a layer that is linear and has no parameters
+                return list(map(torch.zeros_like, variables))
+            return list(torch.autograd.grad(scalar, variables, allow_unused=True, materialize_grads=True))
 
         moving = [(w, t, x) for w, t, x in zip(weights, tangents, outputs, strict=True) if t is not None]
         found = gradient(sum((w * t).sum() for w, t, _ in moving))
