@@ -101,6 +101,9 @@ CASES = [
     Case("dt", "bf16", 2, 2, 3, "block"),
     Case("dimenet++", "fp32", 2, 2, 3, "none", (REVERSE,)),
     Case("dt conservative", "fp32", 2, 2, 2, "none", (DOUBLE,)),
+    Case("wide", "fp32", 2, 2, 3, "block"),
+    Case("dimenet++", "fp32", 2, 1, 1, "selective", (DOUBLE,)),
+    Case("dt conservative", "fp32", 2, 2, 1, "block", (REVERSE,)),
 ]
 
 

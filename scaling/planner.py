@@ -22,8 +22,6 @@ PROCESS: dict[Device, int] = {"cpu": int(0.42 * GIB), "cuda": int(0.75 * GIB)}
 ALLOWANCE = 0.10
 #: With its default settings glibc takes up to so many times what tensors hold (about twice, in the few runs looked at).
 HEAP_FACTOR = 2.3
-#: A loader's process: what it does not share with the one that it was forked from.
-LOADER = int(0.15 * GIB)
 
 
 @dataclass(frozen=True)
