@@ -259,6 +259,16 @@ PRIMARY_METRICS = {
 }
 
 
+class Rollback(_Section):
+    """`task.rollback`: what a run does about a loss that leaps up."""
+
+    factor: Annotated[Real, Field(gt=1)] = Field(
+        default=5.0, description="a loss above so many times the median is a spike"
+    )
+    window: Size = Field(default=100, description="last losses whose median is the measure")
+    max: Size = Field(default=3, description="rollbacks in the whole run before it stops")
+
+
 class TaskConfig(_Section):
     """`task`."""
 
@@ -283,6 +293,14 @@ class TaskConfig(_Section):
     checkpoint_every: Size = Field(default=5000, description="steps between checkpoints")
     keep_last: Size = Field(default=3, description="checkpoints kept besides the best one")
     log_every: Size = Field(default=10, description="steps between rows of the log")
+    log_norms: Size | None = Field(
+        default=None, description="steps between norms of each layer's outputs, gradients and weights; null for none"
+    )
+    rollback: Rollback | None = Field(
+        default=None,
+        description="where the loss leaps up: back to the last good checkpoint, and on with other batches; "
+        "null stops where it is not finite",
+    )
     primary_metric: (
         Literal["forces_mae", "energy_mae", "energy_forces_within_threshold", "energy_within_threshold"] | None
     ) = Field(
