@@ -636,16 +636,14 @@ class Trainer:
         Raises:
             ValueError: on every rank, where it cannot be undone.
         """
-        finite = torch.isfinite(batch.loss.detach())
-        if not sum_over_ranks((~finite).double()):
+        loss = batch.loss.detach()
+        if not sum_over_ranks((~torch.isfinite(loss)).double()):
             return ""
-        names = []
-        if not finite:
+        names: list[str] = []
+        if not torch.isfinite(loss):
             names = non_finite(batch.prediction, batch.graph, batch.atoms) or self._bad_labels(batch)
-        # Ranks that share a graph name the same structures.
-        guilty = list(dict.fromkeys(name for part in gather_over_ranks(names) for name in part))
-        more = f" and {len(guilty) - 8} more" if len(guilty) > 8 else ""
-        reason = f"the loss became {batch.loss.item()} at step {self.step + 1} on {', '.join(guilty[:8])}{more}"
+        value = next(one for one in gather_over_ranks(loss.item()) if not math.isfinite(one))
+        reason = f"the loss became {value} at step {self.step + 1} on {_some_of_all_ranks(names)}"
         if self._may_roll_back():
             return reason
         raise ValueError(
@@ -676,12 +674,13 @@ class Trainer:
         norm = self.engine.whole_gradient_norm()
         if math.isfinite(norm):
             return norm, ""
-        reason = f"the gradient's norm became {norm} at step {self.step + 1}"
+        names = _some_of_all_ranks([name for _, atoms in read for name in atoms.names])
+        reason = f"the gradient's norm became {norm} at step {self.step + 1} on {names}"
         if self._may_roll_back():
             return norm, reason
         raise ValueError(
             f"{reason}; {self._trace(read, backward=True)}{self._after_rollbacks()}; the last checkpoint is untouched "
-            "(lower optim.lr_initial, or look at the batch's structures)"
+            "(lower optim.lr_initial, or look at these structures)"
         )
 
     def _trace(self, read: list[tuple[ExtendedGraph, AtomBatch]], *, backward: bool) -> str:
@@ -704,7 +703,7 @@ class Trainer:
         """
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
             raise ValueError(
-                f"fp16 left out {self.skipped_in_a_row} steps in a row, to step {self.step}, and its loss scale is down "
+                f"fp16 left out {self.skipped_in_a_row} steps in a row, to step {self.step}, and its scale is down "
                 f"to {self.engine.loss_scale:g}: gradients are not finite; the last checkpoint is untouched "
                 "(set parallel.precision to bf16, or lower optim.lr_initial)"
             )
@@ -824,6 +823,13 @@ class Trainer:
     def _predict(self, graph: ExtendedGraph) -> Prediction:
         with self.engine.calling_module():
             return self.objective.model(graph)
+
+
+def _some_of_all_ranks(names: list[str]) -> str:
+    """The first few names of structures; ranks that share a graph have the same. Collective."""
+    every = list(dict.fromkeys(name for part in gather_over_ranks(names) for name in part))
+    more = f" and {len(every) - 8} more" if len(every) > 8 else ""
+    return f"{', '.join(every[:8])}{more}"
 
 
 def _checkpoint_name(step: float) -> str:

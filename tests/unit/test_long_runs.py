@@ -16,6 +16,7 @@ from toy import make_dataset, samples, write_config
 from egnscale.data.store import write_store
 from egnscale.launch import trainer
 from egnscale.launch.cli import main
+from egnscale.launch.config import load_config
 from egnscale.launch.reporting import RunLog, plot_norms, read_log
 from egnscale.launch.spikes import SpikeGuard
 from egnscale.launch.trainer import Trainer
@@ -113,9 +114,11 @@ def test_a_killed_run_ends_the_same(
 
 def test_a_run_that_cannot_recover_stops(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Every batch has a spike once the weights are driven away: two rollbacks are made, and no third."""
-    driven = ["optim.scheduler={name: multistep, milestones: [1], gamma: 1}", "optim.lr_initial=5", "data.workers=0"]
-    status = main(command(data, tmp_path, f"data.train={data}/s2ef/train", "task.rollback={factor: 1.05, window: 2, max: 2}",
-                          "task.checkpoint_every=1", "optim.max_steps=60", "task.eval_every=60", *driven))  # fmt: skip
+    more = [
+        f"data.train={data}/s2ef/train", "task.rollback={factor: 1.05, window: 2, max: 2}", "task.checkpoint_every=1",
+        "optim.max_steps=60", "task.eval_every=60", "optim.scheduler=constant", "optim.lr_initial=5",
+    ]  # fmt: skip
+    status = main(command(data, tmp_path, *more))
     out, err = capfd.readouterr()
     assert status == 1
     line = err.splitlines()[-1]
@@ -254,6 +257,25 @@ def test_norms_are_logged_when_due(data: Path, tmp_path: Path) -> None:
         assert math.sqrt(sum(squares)) == pytest.approx(whole[step - 1], rel=1e-5)
     assert plot_norms(tmp_path / "run") == tmp_path / "run" / "norms.png"
     assert (tmp_path / "run" / "norms.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_norm_before_a_step_is_that_of_deepspeed(data: Path, tmp_path: Path, zero: int, precision: str) -> None:
+    """Where DeepSpeed computes one: not below stage 1 in fp32."""
+    from egnscale.scaling.engine import start_world
+
+    config = command(data, tmp_path, f"data.train={data}/s2ef/train", "data.val={}", "optim.gradient_accumulation=2",
+                     "optim.max_steps=2", f"parallel={{zero: {zero}, precision: {precision}}}", "task.log_norms=1")  # fmt: skip
+    made = Trainer(load_config(Path(config[1]), [word for word in config[2:] if "=" in word]), start_world())
+    made.run(progress=False)
+    logged = float(log(tmp_path / "run")[-1][3])
+    norms = [row for row in read_log(tmp_path / "run" / "norms.csv") if row["step"] == 2]
+    squares = [float(row["value"]) ** 2 for row in norms if row["quantity"] == "gradient norm"]
+    tolerance = 1e-5 if precision == "fp32" else 0.02
+    assert math.sqrt(sum(squares)) == pytest.approx(logged, rel=tolerance)
+    theirs = made.engine.gradient_norm()
+    assert math.isnan(theirs) if (zero, precision) == (0, "fp32") else logged == pytest.approx(theirs, rel=tolerance)
 
 
 def test_no_norms_no_files(recovered: Path) -> None:
