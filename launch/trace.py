@@ -46,7 +46,8 @@ def what_is_not_finite(
         with watched_layers(model, seen.see):
             loss, prediction = forward()
         seen.see_prediction(prediction)
-        output = _first(seen.outputs)
+        # Tangents come from the prediction: where that has failed, all of them have.
+        output = _first(seen.outputs) or _first(seen.tangents)
         if parameter is not None and (output is None or parameter.layer <= output.layer):
             return f"{parameter.name.removeprefix('model.')} of {names[parameter.layer]} was not finite before the step"
         if output is not None:
@@ -80,12 +81,13 @@ class _Seen:
     def __init__(self, layers: int) -> None:
         self.layers = layers
         self.outputs: list[_Place] = []
+        self.tangents: list[_Place] = []  #: outputs of a pass on dual numbers
         self.back: set[int] = set()  #: layers whose outputs have a gradient that is not finite
 
     def see(self, number: int, tensors: dict[str, Tensor], dual: bool) -> None:
         for name, x in tensors.items():
             if not _finite(x):
-                self.outputs.append(_Place(number, name))
+                (self.tangents if dual else self.outputs).append(_Place(number, name))
             if x.requires_grad:
                 x.register_hook(lambda grad: None if _finite(grad) else self.back.add(number))
 

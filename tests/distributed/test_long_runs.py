@@ -142,7 +142,8 @@ def rolled_back(world: Any, root: Path, zero: int, graph: int) -> tuple[list[dic
     """A run of which one structure has an infinite label: its rollbacks, its end, whether its weights are finite."""
     made = trainer(
         world, root, f"back {zero}", f"data.train={root}/corrupt", f"parallel={{zero: {zero}, graph: {graph}}}",
-        f"optim.batch_size={graph}", "optim.max_steps=6", CONSERVATIVE[1], "task.checkpoint_every=1", "task.rollback={window: 50, max: 4}", "optim.gradient_accumulation=1",
+        f"optim.batch_size={graph}", "optim.max_steps=6", CONSERVATIVE[1], "task.checkpoint_every=1",
+        "task.rollback={window: 50, max: 4}", "optim.gradient_accumulation=1",
     )  # fmt: skip
     result = made.run(progress=False)
     finite = all(bool(torch.isfinite(x).all()) for _, x in made.engine.masters())

@@ -265,9 +265,13 @@ def test_the_norm_before_a_step_is_that_of_deepspeed(data: Path, tmp_path: Path,
     """Where DeepSpeed computes one: not below stage 1 in fp32."""
     from egnscale.scaling.engine import start_world
 
-    config = command(data, tmp_path, f"data.train={data}/s2ef/train", "data.val={}", "optim.gradient_accumulation=2",
-                     "optim.max_steps=2", f"parallel={{zero: {zero}, precision: {precision}}}", "task.log_norms=1")  # fmt: skip
-    made = Trainer(load_config(Path(config[1]), [word for word in config[2:] if "=" in word]), start_world())
+    more = [
+        f"data.train={data}/s2ef/train", "data.val={}", "optim.gradient_accumulation=2", "optim.max_steps=2",
+        f"parallel={{zero: {zero}, precision: {precision}}}", "task.log_norms=1",
+    ]  # fmt: skip
+    _, config, *overrides = command(data, tmp_path, *more)
+    overrides.remove("--json")
+    made = Trainer(load_config(Path(config), overrides), start_world())
     made.run(progress=False)
     logged = float(log(tmp_path / "run")[-1][3])
     norms = [row for row in read_log(tmp_path / "run" / "norms.csv") if row["step"] == 2]
