@@ -1,4 +1,5 @@
 # make quickstart   the main job: environment, a small EMT data set, training on 2 ranks, evaluation
+# make one-billion  five steps of a GemNet-T of 1.06 billion parameters on 2 ranks of this machine (20 GiB)
 # make test         the tests (a covering subset of the large matrices)
 # make test-all     every test
 # make lint         ruff, ruff format and mypy
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart test test-all lint typecheck install clean
+.PHONY: quickstart one-billion test test-all lint typecheck install clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +34,14 @@ quickstart: install
 		--config examples/configs/quickstart.yaml --resume
 	$(BIN)/egnscale evaluate runs/quickstart datasets/quickstart
 	@echo "loss and errors: runs/quickstart/training.png"
+
+one-billion: export DS_ACCELERATOR = cpu
+one-billion: export CUDA_VISIBLE_DEVICES =
+one-billion: install
+	$(BIN)/egnscale data make datasets/one-billion --structures 20 --seed 0 --workers 2 --size 3x3x4 --max-steps 2 \
+		--rattle 0.1 --metals Cu,Pd,Pt --adsorbates H,C,N,O,OH,CO,NO,CH,NH,N2,H2O,NH2
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed --num_gpus 2 launch/train.py \
+		--config examples/configs/one-billion.yaml
 
 test: install
 	$(BIN)/python -m pytest -q -m "not full"

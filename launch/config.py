@@ -290,7 +290,9 @@ class TaskConfig(_Section):
     ] = Field(default="auto", description="auto takes mean and deviation from the training set; or give all three")
     eval_every: Size = Field(default=5000, description="steps between evaluations")
     eval_batches: Size | None = Field(default=None, description="batches per evaluation and split; null for all")
-    checkpoint_every: Size = Field(default=5000, description="steps between checkpoints")
+    checkpoint_every: Size | None = Field(
+        default=5000, description="steps between checkpoints; null writes none at all"
+    )
     keep_last: Size = Field(default=3, description="checkpoints kept besides the best one")
     log_every: Size = Field(default=10, description="steps between rows of the log")
     log_norms: Size | None = Field(
@@ -300,6 +302,9 @@ class TaskConfig(_Section):
         default=None,
         description="where the loss leaps up: back to the last good checkpoint, and on with other batches; "
         "null stops where it is not finite",
+    )
+    scale_factor_batches: Size = Field(
+        default=16, description="batches that GemNet's scale factors are fitted on, over all replicas together"
     )
     primary_metric: (
         Literal["forces_mae", "energy_mae", "energy_forces_within_threshold", "energy_within_threshold"] | None
@@ -313,6 +318,12 @@ class TaskConfig(_Section):
         known = PRIMARY_METRICS[self.name]
         if self.primary_metric is not None and self.primary_metric not in known:
             raise ValueError(f"primary_metric is {self.primary_metric}; task {self.name} has {' and '.join(known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _somewhere_to_go_back_to(self) -> TaskConfig:
+        if self.rollback is not None and self.checkpoint_every is None:
+            raise ValueError("rollback goes back to a checkpoint, and checkpoint_every null writes none; set a number")
         return self
 
     @property

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         from egnscale.launch.relaxation_tables import task_table
 
         console = Console()
-        console.print(task_table(config.task.name, result["evaluations"]))
+        if result["evaluations"]:
+            console.print(task_table(config.task.name, result["evaluations"]))
         console.print(f"checkpoints, logs and training.png are in {result['output']}", highlight=False)
     return result

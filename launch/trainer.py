@@ -70,10 +70,9 @@ from egnscale.scaling.engine import (
 )
 from egnscale.scaling.flat import flatten_layers
 from egnscale.scaling.layout import Mesh
+from egnscale.scaling.memory import peak_memory
 from egnscale.scaling.recompute import set_recompute
 
-#: Batches that scale factors are fitted on, over all replicas together.
-SCALE_FACTOR_BATCHES = 16
 #: What may change when a run is resumed.
 FREE_IN_LAYOUT = {"ranks", "replicas", "zero", "precision"}
 #: Steps in a row that fp16 may leave out. DeepSpeed halves the loss scale each time, from 2^16 or 2^32 down to 1: after
@@ -242,6 +241,15 @@ class Trainer:
         forces, name = self.model_config.forces, self.config.task.name
         if (reason := self.combination.why_not()) is not None:
             raise ValueError(reason)
+        task = self.config.task
+        kept = (
+            task.checkpoint_every is not None or task.init_from is not None or self.config.optim.ema_decay is not None
+        )
+        if self.combination.offload == "nvme" and kept:
+            raise ValueError(
+                "state on NVMe can be neither saved, averaged nor read yet; set task.checkpoint_every, task.init_from "
+                "and optim.ema_decay to null, or parallel.offload to parameters"
+            )
         if forces == "none" and name == "s2ef":
             raise ValueError("task s2ef trains forces, and model.forces is none; choose direct or conservative")
         if forces != "none" and name == "is2re":
@@ -389,7 +397,7 @@ class Trainer:
         if not unfitted(self.objective.model):
             return
         loader = self._loader(self.train_store, self.sampler, workers=0)
-        batches = islice(loader, max(1, SCALE_FACTOR_BATCHES // self.mesh.layout.data))
+        batches = islice(loader, max(1, self.config.task.scale_factor_batches // self.mesh.layout.data))
         graphs = [self.mesh.place(graph) for graph, _ in batches]
         with self.engine.calling_module():
             factors = fit_scale_factors(self.objective.model, graphs, reduce=self.mesh.sum_over_data)
@@ -531,8 +539,10 @@ class Trainer:
                 if log:
                     log.norms(self.step, sums.norms)
                 improved = (self.step % config.task.eval_every == 0 or last) and self._evaluate(log, all_splits=last)
-                self.checkpoint_due |= self.step % config.task.checkpoint_every == 0
-                if (self.checkpoint_due and not self.guard.uneasy) or improved or last:
+                every = config.task.checkpoint_every
+                self.checkpoint_due |= every is not None and self.step % every == 0
+                due = self.checkpoint_due and not self.guard.uneasy
+                if every is not None and (due or improved or last):
                     self._save()
                     self.checkpoint_due = False
         if log:
@@ -541,12 +551,15 @@ class Trainer:
             plot_norms(self.directory)
         for name, value in self._fp16_columns().items():
             self.say(f"fp16: {name.replace('_', ' ')} {value:g}")
+        peaks = gather_over_ranks(peak_memory(world.device))
+        self.say(f"peak memory: {', '.join(f'{peak / 2**30:.2f}' for peak in peaks)} GiB")
         return {
             "output": str(self.directory),
             "step": self.step,
             "loss": self.loss,
             "seconds": self.seconds,
             "parameters": self.num_parameters,
+            "peak_memory": peaks,
             "evaluations": self.evaluations,
         }
 

@@ -48,7 +48,7 @@ def _dimenet(blocks: int, hidden: int, out: int, inner: int = 64) -> Preset:
     return Preset(DimeNetConfig.name, sizes)
 
 
-#: Sizes of Sriram et al. (ICLR 2022): GemNet-T and -XL, the four rungs of their Table 4, and one rung further up;
+#: Sizes of Sriram et al. (ICLR 2022): GemNet-T and -XL, the four rungs of their Table 4, and two rungs further up;
 #: OC20's DimeNet++ and -Large, and DimeNet++-XL with the dimensions that the paper publishes. These give 219 M
 #: parameters where it says 240 M; no published dimension explains the rest (five output layers, not three: 243 M).
 PRESETS: dict[str, Preset] = {
@@ -58,6 +58,7 @@ PRESETS: dict[str, Preset] = {
     "gemnet-245m": _gemnet(4, 1536, 1024, 192, 96),
     "gemnet-480m": _gemnet(6, 1792, 1184, 288, 160),
     "gemnet-960m": _gemnet(8, 2320, 1302, 512, 288),
+    "gemnet-1b": _gemnet(8, 2560, 1280, 512, 256),
     "gemnet-2.5b": _gemnet(12, 2560, 2304, 640, 320),
     "dimenet++": _dimenet(3, 192, 192),
     "dimenet++-large": _dimenet(3, 512, 384),

@@ -183,14 +183,19 @@ def sharded_layers(ds_config: dict[str, Any], model: type[nn.Module]) -> Iterato
     precisions = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = next((dtype for key, dtype in precisions.items() if ds_config.get(key, {}).get("enabled")), torch.float32)
 
+    swapper = None
+
     def share(parent: nn.Module, name: str, layer: nn.Module | None) -> None:
+        nonlocal swapper
         if layer is None or not isinstance(parent, (model, nn.ModuleList)):
             return
         whole = [parameter for parameter in layer.parameters() if not hasattr(parameter, "ds_id")]
         for parameter in whole:
             parameter.data = parameter.data.to(dtype)
         if whole:
-            deepspeed.zero.Init(module=layer, config_dict_or_path=ds_config)
+            # One swapper for all layers: with NVMe it has the buffers that they pass through.
+            context = deepspeed.zero.Init(module=layer, config_dict_or_path=ds_config, param_swapper=swapper)
+            swapper = context.param_swapper
 
     hook = register_module_module_registration_hook(share)
     try:
@@ -220,10 +225,10 @@ class Engine:
         self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], world: World
     ) -> None:
         offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
-        if offload.get("device") == "nvme" or offload.get("ratio", 1.0) != 1.0:
+        if offload.get("ratio", 1.0) != 1.0:
             raise ValueError(
-                "the DeepSpeed configuration offloads the optimizer to NVMe, or a part of it only, "
-                'and such state cannot be saved yet; set offload_optimizer to {"device": "cpu"}'
+                "the DeepSpeed configuration offloads a part of the optimizer (ratio), and such state cannot be saved; "
+                "leave ratio out"
             )
         self.world = world
         self.module = module
@@ -249,12 +254,12 @@ class Engine:
         """
         parts = [module._parameters for module in self.module.modules() if hasattr(module._parameters, "_in_forward")]
         for parameters in parts:
-            parameters._in_forward = True  # type: ignore[attr-defined]
+            parameters._in_forward = True
         try:
             yield
         finally:
             for parameters in parts:
-                parameters._in_forward = False  # type: ignore[attr-defined]
+                parameters._in_forward = False
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)

@@ -33,7 +33,11 @@ DEEPSPEED: dict[str, dict[str, Any]] = {
     "fp32+sub_groups": {"zero_optimization": {"sub_group_size": 500}},
     "fp32+round_robin": {"zero_optimization": {"round_robin_gradients": True}},
     "fp32+offload": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+    "fp32+parameters": {
+        "zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    },
     "bf16+fp32_gradients": {"data_types": {"grad_accum_dtype": "fp32"}},
+    "bf16+states": {"bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
 }
 
 #: Source, target. Every stage is both, to fewer ranks, to more, and to as many.
@@ -55,6 +59,9 @@ PAIRS: list[tuple[Layout, Layout]] = [
     ((2, 2, "fp32+offload"), (2, 3, "fp32+offload")),
     ((2, 1, "bf16+fp32_gradients"), (1, 1, "bf16")),
     ((2, 3, "bf16"), (2, 1, "bf16+fp32_gradients")),
+    ((2, 3, "fp32+parameters"), (2, 1, "fp32")),
+    ((2, 1, "fp32"), (1, 3, "fp32+parameters")),
+    ((2, 3, "bf16+states"), (1, 3, "bf16+states")),
 ]
 SAME: list[Layout] = [
     (2, 1, "fp32"), (2, 3, "fp32"), (2, 0, "bf16"), (2, 3, "bf16"), (2, 3, "fp32+sub_groups"),

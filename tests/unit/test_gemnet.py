@@ -161,6 +161,7 @@ def test_energy_is_smooth_where_an_edge_appears() -> None:
         ("gemnet-245m", 243_463_168),
         ("gemnet-480m", 478_555_744),
         ("gemnet-960m", 942_030_562),
+        ("gemnet-1b", 1_058_944_256),
         ("gemnet-2.5b", 2_544_772_352),
     ],
 )

@@ -137,6 +137,11 @@ def test_without_a_checkpoint_a_spike_ends_the_run(
     assert "there is no checkpoint to go back to yet" in capfd.readouterr().err.splitlines()[-1]
 
 
+def test_a_rollback_needs_checkpoints(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(command(data, tmp_path, "task.checkpoint_every=null")) == 1
+    assert "checkpoint_every" in capfd.readouterr().err.splitlines()[-1]
+
+
 def test_spikes() -> None:
     guard = SpikeGuard(factor=4, window=3, max=1)
     assert guard.spike(math.nan) == "the loss became nan"

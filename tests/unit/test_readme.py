@@ -89,7 +89,7 @@ def test_example_configurations_train(path: Path, quickstart: Path, tmp_path: Pa
     data = quickstart / "data"
     kind = config.task.name
     words = [f"data.train={data}/{kind}/train", f"data.val={data}/{kind}", f"task.output={tmp_path}/run"]
-    words.append("data.workers=0")
+    words += ["data.workers=0", "parallel.graph=1"]
     if config.model.preset:
         # The published widths are for GPUs; the configuration is the same.
         sizes = [f"emb_size_{size}" for size in ("atom", "edge", "trip", "bil_trip")]

@@ -130,9 +130,9 @@ def test_relaxed_energies_are_learnt_directly(data: Path, tmp_path: Path, capsys
         atoms.get_forces()
 
 
-@pytest.mark.parametrize("kind", ["direct", *KINDS])
+@pytest.mark.parametrize(("kind", "zero"), [("direct", 0), *((kind, 0) for kind in KINDS), ("direct", 3)])
 def test_fine_tuning_starts_with_the_weights_of_a_checkpoint(
-    kind: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    kind: str, zero: int, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     train(data, tmp_path / "s2ef", capsys, *KINDS.get(kind, []))
     before = load_trained(tmp_path / "s2ef")
@@ -140,6 +140,7 @@ def test_fine_tuning_starts_with_the_weights_of_a_checkpoint(
         *("task.name=is2re", f"data.train={data}/is2re/train", f"data.val={data}/is2re", "model={}"),
         *(f"task.init_from={tmp_path}/s2ef", "optim.max_steps=null", "optim.max_epochs=2", "optim.ema_decay=null"),
         *("optim.lr_initial=1e-12", "optim.weight_decay=0", "optim.scheduler={name: exponential, gamma: 0.5}"),
+        f"parallel.zero={zero}",
     ]
     train(data, tmp_path / "is2re", capsys, *task)
     after = load_trained(tmp_path / "is2re")
