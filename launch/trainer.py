@@ -432,6 +432,7 @@ class Trainer:
             best=self.best,
             evaluations=self.evaluations,
             spikes=self.guard.state(),
+            loss_scaling=self.engine.loss_scaling() if self.config.parallel.precision == "fp16" else {},
             layout=self._layout(),
             batches_per_epoch=len(self.sampler),
             config=self.config.model_dump(mode="json"),
@@ -478,6 +479,8 @@ class Trainer:
         self.schedule.load_state_dict(run["schedule"])
         self.step, self.seconds, self.loss = run["step"], run["seconds"], run["loss"]
         self.best, self.evaluations = run["best"], run["evaluations"]
+        if self.config.parallel.precision == "fp16":
+            self.engine.load_loss_scaling(run.get("loss_scaling", {}))
         if "spikes" in run:
             self.guard.load(run["spikes"], self.directory, self.step)
 

@@ -206,6 +206,8 @@ def sharded_layers(ds_config: dict[str, Any], model: type[nn.Module]) -> Iterato
 
 #: DeepSpeed's counters; they go on where a resumed run goes on.
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+#: DeepSpeed's names of what makes up a dynamic loss scale.
+_LOSS_SCALING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Engine:
@@ -242,6 +244,9 @@ class Engine:
             # step and decays the weights.
             self._engine.optimizer.refresh_fp32_params()
             self._engine.basic_optimizer.state.clear()
+        if hasattr(self._loss_scaler, "raise_error_at_min_scale"):
+            # Whoever counts skipped steps knows better when to stop, and says it in one line.
+            self._loss_scaler.raise_error_at_min_scale = False
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
@@ -459,6 +464,24 @@ class Engine:
     def loss_scale(self) -> float:
         """What fp16 multiplies losses by, so that small gradients do not vanish; 1 in other precisions."""
         return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+
+    def loss_scaling(self) -> dict[str, float]:
+        """Where fp16's loss scale stands, and how long ago a gradient overflowed."""
+        scaler = self._loss_scaler
+        return {name: getattr(scaler, name) for name in _LOSS_SCALING if hasattr(scaler, name)}
+
+    def load_loss_scaling(self, state: Mapping[str, float]) -> None:
+        """Go on where `loss_scaling` was taken, under whatever stage."""
+        scaler = self._loss_scaler
+        for name, value in state.items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, value)
+
+    @property
+    def _loss_scaler(self) -> Any:
+        """DeepSpeed keeps it in one place for stage 0 and in another for the others; None where there is none."""
+        optimizer = self._engine.optimizer
+        return getattr(optimizer, "loss_scale_config", None) or getattr(optimizer, "loss_scaler", None)
 
     @property
     def skipped_steps(self) -> int:

@@ -192,15 +192,15 @@ def test_newer_checkpoints_are_forgotten(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def in_fp16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], list[str]]:
+def in_fp16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[str]]:
     """Arguments for a run in fp16 whose first loss scale is 2^power."""
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     monkeypatch.setattr(get_accelerator(), "supported_dtypes", lambda: [__import__("torch").float16])
 
-    def arguments(power: int) -> list[str]:
-        fp16 = {"initial_scale_power": power, "hysteresis": 1, "loss_scale_window": 1000, "min_loss_scale": 1}
+    def arguments(power: int, minimum: float = 1) -> list[str]:
+        fp16 = {"initial_scale_power": power, "hysteresis": 1, "loss_scale_window": 1000, "min_loss_scale": minimum}
         (tmp_path / "ds.json").write_text(json.dumps({"fp16": fp16}))
         return ["parallel={zero: 1, precision: fp16}", "--deepspeed_config", str(tmp_path / "ds.json")]
 
@@ -208,7 +208,7 @@ def in_fp16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], 
 
 
 def test_skipped_steps_are_counted(
-    data: Path, tmp_path: Path, in_fp16: Callable[[int], list[str]], capfd: pytest.CaptureFixture[str],
+    data: Path, tmp_path: Path, in_fp16: Callable[..., list[str]], capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     from egnscale.scaling.ema import ExponentialMovingAverage
@@ -228,13 +228,28 @@ def test_skipped_steps_are_counted(
     assert f"fp16: skipped steps {skipped[-1]}" in capfd.readouterr().err
 
 
+def test_a_resumed_run_has_the_loss_scale(data: Path, tmp_path: Path, in_fp16: Callable[..., list[str]]) -> None:
+    more = [f"data.train={data}/s2ef/train", "task.rollback=null", "task.eval_every=50", "optim.scheduler=constant"]
+    for run, lengths in (("whole", [12]), ("halves", [6, 12])):
+        for steps in lengths:
+            place = [
+                f"task.output={tmp_path}/{run}",
+                f"optim.max_steps={steps}",
+                "task.checkpoint_every=6",
+                "data.val={}",
+            ]
+            assert main(command(data, tmp_path, *more, *place, *in_fp16(12), "--resume")) == 0
+    assert log(tmp_path / "halves") == log(tmp_path / "whole")
+
+
 def test_too_many_skipped_steps(
-    data: Path, tmp_path: Path, in_fp16: Callable[[int], list[str]], capfd: pytest.CaptureFixture[str],
+    data: Path, tmp_path: Path, in_fp16: Callable[..., list[str]], capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    """The scale is at its minimum before they are counted: DeepSpeed itself would stop with an error of its own."""
     monkeypatch.setattr(trainer, "MAX_SKIPPED_STEPS", 4)
     more = [f"data.train={data}/s2ef/train", "task.rollback=null", "task.eval_every=50", "task.checkpoint_every=50"]
-    assert main(command(data, tmp_path, *more, *in_fp16(60))) == 1
+    assert main(command(data, tmp_path, *more, *in_fp16(21, 2.0**20))) == 1
     assert "fp16 left out 4 steps in a row, to step 4" in capfd.readouterr().err.splitlines()[-1]
 
 
