@@ -259,6 +259,16 @@ PRIMARY_METRICS = {
 }
 
 
+class Rollback(_Section):
+    """`task.rollback`: what a run does about a loss that leaps up."""
+
+    factor: Annotated[Real, Field(gt=1)] = Field(
+        default=5.0, description="a loss above so many times the median is a spike"
+    )
+    window: Size = Field(default=100, description="last losses whose median is the measure")
+    max: Size = Field(default=3, description="rollbacks in the whole run before it stops")
+
+
 class TaskConfig(_Section):
     """`task`."""
 
@@ -285,6 +295,14 @@ class TaskConfig(_Section):
     )
     keep_last: Size = Field(default=3, description="checkpoints kept besides the best one")
     log_every: Size = Field(default=10, description="steps between rows of the log")
+    log_norms: Size | None = Field(
+        default=None, description="steps between norms of each layer's outputs, gradients and weights; null for none"
+    )
+    rollback: Rollback | None = Field(
+        default=None,
+        description="where the loss leaps up: back to the last good checkpoint, and on with other batches; "
+        "null stops where it is not finite",
+    )
     scale_factor_batches: Size = Field(
         default=16, description="batches that GemNet's scale factors are fitted on, over all replicas together"
     )
@@ -300,6 +318,12 @@ class TaskConfig(_Section):
         known = PRIMARY_METRICS[self.name]
         if self.primary_metric is not None and self.primary_metric not in known:
             raise ValueError(f"primary_metric is {self.primary_metric}; task {self.name} has {' and '.join(known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _somewhere_to_go_back_to(self) -> TaskConfig:
+        if self.rollback is not None and self.checkpoint_every is None:
+            raise ValueError("rollback goes back to a checkpoint, and checkpoint_every null writes none; set a number")
         return self
 
     @property

@@ -2,7 +2,8 @@
 
 The log is two CSV files that any tool reads, `log.csv` (one row per `log_every` steps) and `eval.csv` (one per
 evaluation and split), and the same numbers for TensorBoard. Where ranks share graphs, `exchanges.csv` says what rank 0
-exchanged, layer by layer. Energies eV, forces eV/A; people are shown meV.
+exchanged, layer by layer; with `task.log_norms`, `norms.csv` says how large each layer's numbers are. Energies eV,
+forces eV/A; people are shown meV.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch.utils.tensorboard import SummaryWriter
 
+    from egnscale.launch.norms import Norm
     from egnscale.scaling.collectives import Site, Tally
 
 TRAIN_LOG = "log.csv"
 EVAL_LOG = "eval.csv"
 EXCHANGE_LOG = "exchanges.csv"
+NORM_LOG = "norms.csv"
 PLOT = "training.png"
+NORM_PLOT = "norms.png"
 TENSORBOARD = "tensorboard"
 #: Seconds of reading after which something is said of it.
 LONG = 10.0
@@ -46,16 +50,22 @@ class RunLog:
         directory: of the run; made if it does not exist.
         resume_step: rows of later steps are removed, since those steps are about to be made again; 0 begins anew.
         tensorboard: write event files as well, under `tensorboard/`.
+        columns: of `log.csv`, which get a place in it if the run was begun without them.
     """
 
-    def __init__(self, directory: Path | str, resume_step: int = 0, tensorboard: bool = True) -> None:
+    def __init__(
+        self, directory: Path | str, resume_step: int = 0, tensorboard: bool = True, columns: Sequence[str] = ()
+    ) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._train = _CsvLog(self.directory / TRAIN_LOG, resume_step)
+        self._train = _CsvLog(self.directory / TRAIN_LOG, resume_step, columns)
         self._eval = _CsvLog(self.directory / EVAL_LOG, resume_step)
-        self._exchanges: _CsvLog | None = None
-        if (self.directory / EXCHANGE_LOG).exists():
-            self._exchanges = _CsvLog(self.directory / EXCHANGE_LOG, resume_step)
+        #: Files that a run may do without.
+        self._others = {
+            name: _CsvLog(self.directory / name, resume_step)
+            for name in (EXCHANGE_LOG, NORM_LOG)
+            if (self.directory / name).exists()
+        }
         self._resume_step = resume_step
         self._tensorboard = tensorboard
         self._writer: SummaryWriter | None = None
@@ -72,18 +82,25 @@ class RunLog:
 
     def exchanges(self, step: int, tallies: Mapping[Site, Tally]) -> None:
         """Add to `exchanges.csv` what one rank exchanged in a step, by layer and verb."""
-        if tallies and self._exchanges is None:
-            self._exchanges = _CsvLog(self.directory / EXCHANGE_LOG, self._resume_step)
         for site, tally in tallies.items():
-            assert self._exchanges is not None
-            self._exchanges.add({"step": step, **site._asdict(), **asdict(tally)})
+            self._other(EXCHANGE_LOG).add({"step": step, **site._asdict(), **asdict(tally)})
+
+    def norms(self, step: int, norms: Iterable[Norm]) -> None:
+        """Add to `norms.csv` how large each layer's numbers were in a step."""
+        for norm in norms:
+            self._other(NORM_LOG).add({"step": step, **norm._asdict()})
+
+    def _other(self, name: str) -> _CsvLog:
+        if name not in self._others:
+            self._others[name] = _CsvLog(self.directory / name, self._resume_step)
+        return self._others[name]
 
     def close(self) -> None:
         """Close all files; rows were on disk as soon as they were added."""
         self._train.close()
         self._eval.close()
-        if self._exchanges is not None:
-            self._exchanges.close()
+        for log in self._others.values():
+            log.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -100,9 +117,9 @@ class RunLog:
 
 
 class _CsvLog:
-    """A CSV file with a column `step`. The first row ever written fixes the header."""
+    """A CSV file with a column `step`. The first row ever written fixes the header, but for `columns` added to it."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, resume_step: int, columns: Sequence[str] = ()) -> None:
         self.path = path
         self.header: list[str] = []
         if path.exists():
@@ -111,7 +128,9 @@ class _CsvLog:
             with replacing(path) as rewritten, rewritten.open("w", newline="", encoding="utf-8") as file:
                 kept = [row for row in rows if int(float(row[self.header.index("step")])) <= resume_step]
                 if kept:
-                    csv.writer(file).writerows([self.header, *kept])
+                    added = [name for name in columns if name not in self.header]
+                    self.header = [*self.header, *added]
+                    csv.writer(file).writerows([self.header, *(row + [""] * len(added) for row in kept)])
                 else:
                     self.header = []
         self._file = path.open("a", newline="", encoding="utf-8")
@@ -157,13 +176,13 @@ def _read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def read_log(path: Path) -> list[dict[str, float | str]]:
-    """The rows of `log.csv` or `eval.csv`, numbers as floats (NaN where empty); empty if there is no such file."""
+    """The rows of `log.csv`, `eval.csv` or `norms.csv`, numbers as floats (NaN where empty); [] if there is none."""
     if not path.exists():
         return []
     header, rows = _read_rows(path)
     return [
         {
-            name: text if name == "split" else float(text) if text else math.nan
+            name: text if name in ("split", "layer", "quantity") else float(text) if text else math.nan
             for name, text in zip(header, row, strict=True)
         }
         for row in rows
@@ -196,6 +215,37 @@ def plot_training(directory: Path | str) -> Path:
         lines, splits = energy.get_legend_handles_labels()
         figure.legend(lines, splits, loc="outside lower center", ncols=len(splits), frameon=False)
     path = directory / PLOT
+    with replacing(path) as rewritten:
+        figure.savefig(rewritten, dpi=150)
+    return path
+
+
+def plot_norms(directory: Path | str) -> Path | None:
+    """Draw gradient and weight norms, and the RMS of what layers make first, against steps into `norms.png`.
+
+    Returns its path; None where no norms were logged.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    directory = Path(directory)
+    curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in read_log(directory / NORM_LOG):
+        point = (float(row["step"]), float(row["value"]))
+        curves.setdefault((str(row["layer"]), str(row["quantity"])), []).append(point)
+    if not curves:
+        return None
+    # The features come first in a State, and first of all in the log.
+    feature = next(quantity for _, quantity in curves)
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, quantity in zip(figure.subplots(1, 3), ("gradient norm", "weight norm", feature), strict=True):
+        for (layer, name), points in curves.items():
+            if name == quantity:
+                axes.plot(*zip(*points, strict=True), label=layer)
+        axes.set(title=quantity, xlabel="step", yscale="log")
+        axes.legend(frameon=False, fontsize="small")
+    path = directory / NORM_PLOT
     with replacing(path) as rewritten:
         figure.savefig(rewritten, dpi=150)
     return path

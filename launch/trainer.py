@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +26,9 @@ from egnscale.data.sampler import BalancedBatchSampler
 from egnscale.launch.config import RunConfig
 from egnscale.launch.evaluation import evaluate_is2re, evaluate_s2ef, non_finite
 from egnscale.launch.loading import make_loader, open_labelled, sizes_for_balance, validation_splits
+from egnscale.launch.norms import LayerNorms, Norm
 from egnscale.launch.planning import Forecast, Planner, available_memory, settle
-from egnscale.launch.reporting import RunLog, TrainingProgress, plot_training
+from egnscale.launch.reporting import RunLog, TrainingProgress, plot_norms, plot_training
 from egnscale.launch.run_files import (
     RUN,
     WEIGHTS,
@@ -37,13 +39,23 @@ from egnscale.launch.run_files import (
     run_record,
 )
 from egnscale.launch.schedules import build_schedule
+from egnscale.launch.spikes import ROLLBACKS, SpikeGuard
 from egnscale.launch.tasks import IS2RE, S2EF, Normalizer
+from egnscale.launch.trace import what_is_not_finite
 from egnscale.launch.weights import open_weights, save_weights
 from egnscale.models import AtomModelConfig, ExtendedGraph, Prediction, build_model, count_parameters, model_config
 from egnscale.models.layered import LayeredModel
 from egnscale.models.scale_factors import fit_scale_factors, unfitted
 from egnscale.scaling.agreement import check_agreement, run_facts
-from egnscale.scaling.checkpoint import LATEST, find_checkpoint, save_checkpoint, verify_checkpoint, write_text
+from egnscale.scaling.checkpoint import (
+    LATEST,
+    find_checkpoint,
+    forget_newer,
+    save_checkpoint,
+    verify_checkpoint,
+    whole_checkpoints,
+    write_text,
+)
 from egnscale.scaling.collectives import added
 from egnscale.scaling.combinations import Combination
 from egnscale.scaling.ds_config import complete_ds_config, offload_of, preset_name, read_ds_config
@@ -65,6 +77,11 @@ from egnscale.scaling.recompute import set_recompute
 
 #: What may change when a run is resumed.
 FREE_IN_LAYOUT = {"ranks", "replicas", "zero", "precision"}
+#: Steps in a row that fp16 may leave out. DeepSpeed halves the loss scale each time, from 2^16 or 2^32 down to 1: after
+#: 50 there is nothing left to halve.
+MAX_SKIPPED_STEPS = 50
+#: Columns of the log that only fp16 has.
+FP16_COLUMNS = ("loss_scale", "skipped_steps")
 #: Parameters that weight decay leaves alone.
 NO_DECAY = ("embedding", "frequencies", "bias")
 
@@ -76,6 +93,19 @@ class StepSums(NamedTuple):
     structures: float
     atoms: float
     edges: float
+    gradient_norm: float  #: before clipping
+    norms: list[Norm]  #: of each layer, where they are due
+    trouble: str = ""  #: why the step must be undone, where a rollback is to follow
+
+
+class _Batch(NamedTuple):
+    """A micro-batch on this rank's device, and what became of it."""
+
+    graph: ExtendedGraph
+    atoms: AtomBatch
+    loss: Tensor
+    prediction: Prediction
+    sizes: tuple[Tensor, Tensor, Tensor]  #: structures, atoms and edges
 
 
 class Trainer:
@@ -116,6 +146,10 @@ class Trainer:
         self.loss: float | None = None
         self.best: dict[str, float] = {}
         self.evaluations: dict[str, dict[str, float]] = {}
+        rollback = config.task.rollback
+        self.guard = SpikeGuard(**rollback.model_dump()) if rollback else SpikeGuard(math.inf, 1, 0)
+        self.checkpoint_due = False
+        self.skipped_in_a_row = 0
 
         resumed = self._find_resumed(resume)
         start = None  # what a new run starts from
@@ -164,10 +198,12 @@ class Trainer:
             self._start_from(start.path / WEIGHTS)
         elif resumed is None:
             self._fit_scale_factors()
+        self.norms = LayerNorms(self.objective, model, self.engine) if config.task.log_norms else None
         decay = config.optim.ema_decay
         self.ema = ExponentialMovingAverage(self.engine, decay) if decay is not None else None
         if resumed is not None:
             self._load(*resumed)
+            self.say(f"resumed {resumed[0]} at step {self.step}")
         else:
             once(self._make_directory)
 
@@ -248,6 +284,7 @@ class Trainer:
 
     def _make_directory(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / ROLLBACKS).unlink(missing_ok=True)
         write_text(self.directory / "config.yaml", self.config.to_yaml())
 
     def _find_resumed(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
@@ -408,6 +445,8 @@ class Trainer:
             schedule=self.schedule.state_dict(),
             best=self.best,
             evaluations=self.evaluations,
+            spikes=self.guard.state(),
+            loss_scaling=self.engine.loss_scaling() if self.config.parallel.precision == "fp16" else {},
             layout=self._layout(),
             batches_per_epoch=len(self.sampler),
             config=self.config.model_dump(mode="json"),
@@ -454,14 +493,17 @@ class Trainer:
         self.schedule.load_state_dict(run["schedule"])
         self.step, self.seconds, self.loss = run["step"], run["seconds"], run["loss"]
         self.best, self.evaluations = run["best"], run["evaluations"]
-        self.say(f"resumed {checkpoint} at step {self.step}")
+        if self.config.parallel.precision == "fp16":
+            self.engine.load_loss_scaling(run.get("loss_scaling", {}))
+        if "spikes" in run:
+            self.guard.load(run["spikes"], self.directory, self.step)
 
     # Training
 
     def run(self, progress: bool = True) -> dict[str, Any]:
         """Train to the end; returns what `egnscale train --json` prints."""
         config, world = self.config, self.world
-        log = RunLog(self.directory, resume_step=self.step) if world.is_main else None
+        log = self._open_log()
         self.say(
             f"{self.num_parameters:,} parameters, {len(self.train_store):,} structures, "
             f"ZeRO-{config.parallel.zero}, {config.parallel.precision}, {self.total_steps} steps"
@@ -478,8 +520,17 @@ class Trainer:
                 started = time.perf_counter()
                 self.engine.set_lr(config.optim.lr_initial * self.schedule.factor(self.step))
                 sums = self._train_step(batches)
+                trouble = sums.trouble or self._spike(sums.loss)
+                if trouble:
+                    self._roll_back(trouble)
+                    if log:
+                        log.close()
+                        log = self._open_log()
+                    batches = self._batches()
+                    continue
                 self.step, self.loss = self.step + 1, sums.loss
-                if self.ema:
+                self.guard.add(sums.loss)
+                if self._count_skipped() and self.ema:
                     self.ema.update()
                 elapsed = time.perf_counter() - started
                 self.seconds += elapsed
@@ -492,22 +543,31 @@ class Trainer:
                         epoch=self._epoch(),
                         loss=sums.loss,
                         lr=config.optim.lr_initial * self.schedule.factor(self.step - 1),
-                        grad_norm=self.engine.gradient_norm(),
+                        grad_norm=sums.gradient_norm,
                         structures_per_second=sums.structures / elapsed,
                         atoms_per_second=sums.atoms / elapsed,
                         edges_per_second=sums.edges / elapsed,
                         exchanged_mb=added(exchanged.values()).bytes / 1e6,
                         exchange_wait=added(exchanged.values()).seconds,
                         seconds=self.seconds,
+                        **self._fp16_columns(),
                     )
                     log.exchanges(self.step, exchanged)
+                if log:
+                    log.norms(self.step, sums.norms)
                 improved = (self.step % config.task.eval_every == 0 or last) and self._evaluate(log, all_splits=last)
                 every = config.task.checkpoint_every
-                if every is not None and (self.step % every == 0 or improved or last):
+                self.checkpoint_due |= every is not None and self.step % every == 0
+                due = self.checkpoint_due and not self.guard.uneasy
+                if every is not None and (due or improved or last):
                     self._save()
+                    self.checkpoint_due = False
         if log:
             log.close()
             plot_training(self.directory)
+            plot_norms(self.directory)
+        for name, value in self._fp16_columns().items():
+            self.say(f"fp16: {name.replace('_', ' ')} {value:g}")
         peaks = gather_over_ranks(peak_memory(world.device))
         self.say(f"peak memory: {', '.join(f'{peak / 2**30:.2f}' for peak in peaks)} GiB")
         return {
@@ -520,12 +580,26 @@ class Trainer:
             "evaluations": self.evaluations,
         }
 
+    def _open_log(self) -> RunLog | None:
+        if not self.world.is_main:
+            return None
+        return RunLog(self.directory, resume_step=self.step, columns=tuple(self._fp16_columns()))
+
+    def _fp16_columns(self) -> dict[str, float]:
+        if self.config.parallel.precision != "fp16":
+            return {}
+        return dict(zip(FP16_COLUMNS, (self.engine.loss_scale, self.engine.skipped_steps), strict=True))
+
     def _epoch(self) -> float:
-        return self.step * self.config.optim.gradient_accumulation / len(self.sampler)
+        return self._position() / len(self.sampler)
+
+    def _position(self) -> int:
+        """Micro-batches of this replica that are behind it, those that rollbacks passed over among them."""
+        return self.step * self.config.optim.gradient_accumulation + self.guard.skipped_batches
 
     def _batches(self) -> Iterator[tuple[ExtendedGraph, AtomBatch]]:
         """Batches without end, from where the run stands."""
-        epoch, position = divmod(self.step * self.config.optim.gradient_accumulation, len(self.sampler))
+        epoch, position = divmod(self._position(), len(self.sampler))
         while True:
             self.sampler.set_position(epoch, position)
             yield from self._loader(self.train_store, self.sampler)
@@ -542,42 +616,189 @@ class Trainer:
         self.engine.train()
         seen = torch.zeros(4, dtype=torch.float64, device=device)
         accumulation = self.config.optim.gradient_accumulation
-        for _ in range(accumulation):
-            graph, batch = next(batches)
-            graph, batch = mesh.place(graph), batch.to(device)
-            # Ranks that share a graph each have their own atoms and edges, and all of its structures.
-            structures = graph.num_systems if mesh.graph_rank == 0 else 0
-            local = torch.tensor(
-                [structures, self.objective.trained_atoms(batch).sum(), graph.num_atoms, graph.num_edges],
-                dtype=torch.float64,
-                device=device,
-            )
-            total = sum_over_ranks(local)
-            # Sums divided by (global count / replicas) average over replicas to the global mean.
-            counts = (total[:2] / mesh.layout.data).clamp(min=1e-12)
-            loss, prediction = self.engine(graph, batch, counts)
-            self._check_finite(loss, prediction, graph, batch)
-            self.engine.backward(loss)
+        every = self.config.task.log_norms
+        norms = self.norms if every and (self.step + 1) % every == 0 else None
+        of_layers: list[Norm] = []
+        skipped, gradient_norm, trouble = self.engine.skipped_steps, math.nan, ""
+        read: list[tuple[ExtendedGraph, AtomBatch]] = []
+        for number in range(accumulation):
+            read.append(next(batches))
+            with norms.watching() if norms else nullcontext():
+                batch = self._forward(*read[-1])
+            if norms:
+                norms.see_prediction(batch.prediction)
+            trouble = trouble or self._loss_not_finite(batch, read)
+            self.engine.backward(batch.loss)
+            if number == accumulation - 1:
+                of_layers = norms.read() if norms else []
+                gradient_norm, not_finite = self._gradient_norm(read)
+                trouble = trouble or not_finite
             self.engine.step()
-            seen += torch.stack([loss.detach().double() / accumulation, local[0], local[2], local[3]])
-        loss_sum, *rest = sum_over_ranks(seen).tolist()
-        return StepSums(loss_sum / self.world.size, *rest)
+            seen += torch.stack([batch.loss.detach().double() / accumulation, *batch.sizes])
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.engine.skipped_steps > skipped else 0
+        if math.isnan(gradient_norm):
+            gradient_norm = self.engine.gradient_norm()
+        loss_sum, structures, atoms, edges = sum_over_ranks(seen).tolist()
+        return StepSums(loss_sum / self.world.size, structures, atoms, edges, gradient_norm, of_layers, trouble)
 
-    def _check_finite(self, loss: Tensor, prediction: Prediction, graph: ExtendedGraph, batch: AtomBatch) -> None:
-        """Stop every rank when any rank's loss is NaN or infinite, naming the structures."""
-        failed = sum_over_ranks((~torch.isfinite(loss.detach())).double())
-        if not failed:
-            return
-        names = []
-        if not torch.isfinite(loss.detach()):
-            names = non_finite(prediction, graph, batch) or batch.names
-        # Ranks that share a graph name the same structures.
-        guilty = list(dict.fromkeys(name for part in gather_over_ranks(names) for name in part))
-        more = f" and {len(guilty) - 8} more" if len(guilty) > 8 else ""
+    def _forward(self, graph: ExtendedGraph, atoms: AtomBatch) -> _Batch:
+        """The loss of a batch as it is read. Collective."""
+        mesh, device = self.mesh, self.world.device
+        graph, atoms = mesh.place(graph), atoms.to(device)
+        # Ranks that share a graph each have their own atoms and edges, and all of its structures.
+        structures = graph.num_systems if mesh.graph_rank == 0 else 0
+        local = torch.tensor(
+            [structures, self.objective.trained_atoms(atoms).sum(), graph.num_atoms, graph.num_edges],
+            dtype=torch.float64,
+            device=device,
+        )
+        total = sum_over_ranks(local)
+        # Sums divided by (global count / replicas) average over replicas to the global mean.
+        counts = (total[:2] / mesh.layout.data).clamp(min=1e-12)
+        loss, prediction = self.engine(graph, atoms, counts)
+        return _Batch(graph, atoms, loss, prediction, (local[0], local[2], local[3]))
+
+    # What must not go on
+
+    def _loss_not_finite(self, batch: _Batch, read: list[tuple[ExtendedGraph, AtomBatch]]) -> str:
+        """Why the step must be undone, where any rank's loss is NaN or infinite: with the structures' names.
+
+        Raises:
+            ValueError: on every rank, where it cannot be undone.
+        """
+        loss = batch.loss.detach()
+        if not sum_over_ranks((~torch.isfinite(loss)).double()):
+            return ""
+        names: list[str] = []
+        if not torch.isfinite(loss):
+            names = non_finite(batch.prediction, batch.graph, batch.atoms) or self._bad_labels(batch)
+        value = next(one for one in gather_over_ranks(loss.item()) if not math.isfinite(one))
+        reason = f"the loss became {value} at step {self.step + 1} on {_some_of_all_ranks(names)}"
+        if self._may_roll_back():
+            return reason
         raise ValueError(
-            f"the loss became {loss.item()} at step {self.step + 1} on {', '.join(guilty[:8])}{more}; "
+            f"{reason}; {self._trace(read[-1:], backward=False)}{self._after_rollbacks()}; "
             "the last checkpoint is untouched "
             "(lower optim.lr_initial, set optim.clip_grad_norm, or look at these structures)"
+        )
+
+    def _bad_labels(self, batch: _Batch) -> list[str]:
+        """Structures whose labels are not finite; all of them where no label is to blame."""
+        atoms = batch.atoms
+        energy, forces = (
+            (atoms.energy_relaxed, None) if self.config.task.name == "is2re" else (atoms.energy, atoms.forces)
+        )
+        assert energy is not None
+        return non_finite(Prediction(energy, forces), batch.graph, atoms) or atoms.names
+
+    def _gradient_norm(self, read: list[tuple[ExtendedGraph, AtomBatch]]) -> tuple[float, str]:
+        """The norm of the step's gradient, and why the step must be undone where it is not finite.
+
+        NaN and nothing under fp16: DeepSpeed leaves such steps out, and lowers the loss scale.
+
+        Raises:
+            ValueError: on every rank, where the step cannot be undone.
+        """
+        if self.config.parallel.precision == "fp16":
+            return math.nan, ""
+        norm = self.engine.whole_gradient_norm()
+        if math.isfinite(norm):
+            return norm, ""
+        names = _some_of_all_ranks([name for _, atoms in read for name in atoms.names])
+        reason = f"the gradient's norm became {norm} at step {self.step + 1} on {names}"
+        if self._may_roll_back():
+            return norm, reason
+        raise ValueError(
+            f"{reason}; {self._trace(read, backward=True)}{self._after_rollbacks()}; the last checkpoint is untouched "
+            "(lower optim.lr_initial, or look at these structures)"
+        )
+
+    def _trace(self, read: list[tuple[ExtendedGraph, AtomBatch]], *, backward: bool) -> str:
+        """Where the first number that is not finite comes from, by running batches once more. Collective."""
+
+        def run(graph: ExtendedGraph, atoms: AtomBatch) -> tuple[Tensor, Prediction]:
+            batch = self._forward(graph, atoms)
+            return batch.loss, batch.prediction
+
+        model = self.objective.model
+        assert isinstance(model, LayeredModel)
+        runs = [partial(run, *one) for one in read]
+        return what_is_not_finite(self.objective, model, self.engine, runs, backward=backward)
+
+    def _count_skipped(self) -> bool:
+        """Whether the last step was taken.
+
+        Raises:
+            ValueError: after too many in a row that were not.
+        """
+        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise ValueError(
+                f"fp16 left out {self.skipped_in_a_row} steps in a row, to step {self.step}, and its scale is down "
+                f"to {self.engine.loss_scale:g}: gradients are not finite; the last checkpoint is untouched "
+                "(set parallel.precision to bf16, or lower optim.lr_initial)"
+            )
+        return self.skipped_in_a_row == 0
+
+    # Going back
+
+    def _may_roll_back(self) -> bool:
+        return len(self.guard.rollbacks) < self.guard.max and bool(self._whole_checkpoints())
+
+    def _whole_checkpoints(self) -> list[Path]:
+        """As rank 0 sees them: file systems may show the others something older. Collective."""
+        return gather_over_ranks(whole_checkpoints(self.checkpoints) if self.world.is_main else [])[0]
+
+    def _after_rollbacks(self) -> str:
+        """What to add to the reason why a run stops."""
+        if not self.config.task.rollback:
+            return ""
+        if not self.guard.rollbacks:
+            return "; there is no checkpoint to go back to yet"
+        return (
+            f"; {len(self.guard.rollbacks)} rollbacks have been made, of at most {self.guard.max} (task.rollback.max)"
+        )
+
+    def _spike(self, loss: float) -> str:
+        """Why a step must be undone, where its loss has leapt up.
+
+        Raises:
+            ValueError: on every rank, where it cannot be undone.
+        """
+        reason = self.guard.spike(loss) if self.config.task.rollback else None
+        if reason is None:
+            return ""
+        reason = f"{reason} at step {self.step + 1}"
+        if self._may_roll_back():
+            return reason
+        raise ValueError(f"{reason}{self._after_rollbacks()}; the last checkpoint is untouched")
+
+    def _roll_back(self, reason: str) -> None:
+        """Go back to a good checkpoint, and past all batches that have been read. Collective."""
+        guard, spike, position = self.guard, self.step + 1, self._position()
+        rollbacks = guard.rollbacks
+        checkpoints = self._whole_checkpoints()
+        steps = [int(path.name.removeprefix("step_")) for path in checkpoints]
+        to = guard.choose(steps)
+        checkpoint = checkpoints[steps.index(to)]
+        once(lambda: verify_checkpoint(checkpoint))
+        self._load(checkpoint, read_run(checkpoint))
+        accumulation = self.config.optim.gradient_accumulation
+        past = position + accumulation - to * accumulation - sum(one["skipped_batches"] for one in rollbacks)
+        guard.rollbacks = [
+            *rollbacks,
+            {"step": spike, "to_step": to, "skipped_batches": past, "reason": reason},
+        ]
+
+        def remember() -> None:
+            guard.write(self.directory)
+            forget_newer(self.checkpoints, checkpoint.name)
+
+        once(remember)
+        self.checkpoint_due = False
+        self.skipped_in_a_row = 0
+        self.say(
+            f"{reason}: back to {checkpoint}, and on with the batches after it ({past} per replica are passed over); "
+            f"rollback {len(guard.rollbacks)} of at most {guard.max}"
         )
 
     # Evaluation
@@ -632,6 +853,13 @@ class Trainer:
     def _predict(self, graph: ExtendedGraph) -> Prediction:
         with self.engine.calling_module():
             return self.objective.model(graph)
+
+
+def _some_of_all_ranks(names: list[str]) -> str:
+    """The first few names of structures; ranks that share a graph have the same. Collective."""
+    every = list(dict.fromkeys(name for part in gather_over_ranks(names) for name in part))
+    more = f" and {len(every) - 8} more" if len(every) > 8 else ""
+    return f"{', '.join(every[:8])}{more}"
 
 
 def _checkpoint_name(step: float) -> str:

@@ -133,6 +133,23 @@ def write_checkpoint(path: Path, write: Callable[[Path], None]) -> None:
     _sync(path.parent)
 
 
+def whole_checkpoints(root: Path) -> list[Path]:
+    """The checkpoints of a run up to the latest one, oldest first; none where there is no latest one."""
+    if not (root / LATEST).is_file():
+        return []
+    latest = (root / LATEST).read_text().strip()
+    return sorted(path for path in root.glob("step_*") if path.name <= latest and (path / MANIFEST).is_file())
+
+
+def forget_newer(root: Path, name: str) -> None:
+    """Make a checkpoint the latest one, and remove those that are newer. By one process."""
+    if (root / LATEST).read_text().strip() != name:
+        write_text(root / LATEST, name)
+    for path in root.glob("step_*"):
+        if path.is_dir() and path.name > name:
+            _remove(path)
+
+
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that a path means: a checkpoint itself, a `checkpoints` directory, or a run directory.
 

@@ -206,6 +206,8 @@ def sharded_layers(ds_config: dict[str, Any], model: type[nn.Module]) -> Iterato
 
 #: DeepSpeed's counters; they go on where a resumed run goes on.
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+#: DeepSpeed's names of what makes up a dynamic loss scale.
+_LOSS_SCALING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Engine:
@@ -242,6 +244,9 @@ class Engine:
             # step and decays the weights.
             self._engine.optimizer.refresh_fp32_params()
             self._engine.basic_optimizer.state.clear()
+        if hasattr(self._loss_scaler, "raise_error_at_min_scale"):
+            # Whoever counts skipped steps knows better when to stop, and says it in one line.
+            self._loss_scaler.raise_error_at_min_scale = False
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
@@ -452,3 +457,79 @@ class Engine:
                 optimizer.single_partition_of_fp32_groups,
                 strict=True,
             )
+
+    # What a step is going to do, and whether it did it.
+
+    @property
+    def loss_scale(self) -> float:
+        """What fp16 multiplies losses by, so that small gradients do not vanish; 1 in other precisions."""
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+
+    def loss_scaling(self) -> dict[str, float]:
+        """Where fp16's loss scale stands, and how long ago a gradient overflowed."""
+        scaler = self._loss_scaler
+        return {name: getattr(scaler, name) for name in _LOSS_SCALING if hasattr(scaler, name)}
+
+    def load_loss_scaling(self, state: Mapping[str, float]) -> None:
+        """Go on where `loss_scaling` was taken, under whatever stage."""
+        scaler = self._loss_scaler
+        for name, value in state.items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, value)
+
+    @property
+    def _loss_scaler(self) -> Any:
+        """DeepSpeed keeps it in one place for stage 0 and in another for the others; None where there is none."""
+        optimizer = self._engine.optimizer
+        return getattr(optimizer, "loss_scale_config", None) or getattr(optimizer, "loss_scaler", None)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that DeepSpeed has left out so far, since a gradient was not finite."""
+        return int(self._engine.skipped_steps)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, this rank's elements of the averaged gradient, before clipping) of each trainable parameter, flat.
+
+        As `masters`, and to be read between the last backward pass of a step and the step. A gradient that DeepSpeed
+        has put on a disk is left out.
+        """
+        scale = self.loss_scale
+        flat = {}
+        for holder, parts in self._gradient_parts():
+            whole = torch.cat([part.reshape(-1) for part in parts]) if len(parts) > 1 else parts[0].reshape(-1)
+            flat[id(holder)] = whole.float() / scale if scale != 1 else whole.float()
+        for name, piece in self._pieces.items():
+            if id(piece.holder) in flat:
+                yield name, piece.of(flat[id(piece.holder)])
+
+    def whole_gradient_norm(self) -> float:
+        """Norm of what `gradients` gives, over all parameters; NaN or infinite if an element is. Collective."""
+        parts = [part for _, pieces in self._gradient_parts() for part in pieces if part.numel()]
+        square = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        if parts:
+            norms = torch._foreach_norm([part.float() if part.dtype == torch.float16 else part for part in parts])
+            square = torch.stack([norm.double() for norm in norms]).square().sum().to(square.device)
+        dist.all_reduce(square)
+        if self.zero_stage == 0:
+            square /= self.world.size  # every rank has all of it
+        return float(square.sqrt()) / self.loss_scale
+
+    def _gradient_parts(self) -> list[tuple[Tensor, list[Tensor]]]:
+        """(holder of `Piece`s, tensors that make up its gradient when flattened), times the loss scale."""
+        optimizer = self._engine.optimizer
+        if self.zero_stage == 0:
+            grads = ((self._pieces[name].holder, p.grad) for name, p in self._trainable.items())
+            return [(holder, [grad]) for holder, grad in grads if grad is not None]
+        if self.zero_stage == 3:
+            holders, offloaded = optimizer.fp32_partitioned_groups_flat, optimizer.offload_optimizer
+        elif hasattr(optimizer, "fp32_groups_gradient_flat_partition"):  # bf16 with gradients accumulated in fp32
+            gradients = optimizer.fp32_groups_gradient_flat_partition
+            return [(h, [g]) for h, g in zip(optimizer.fp32_groups_flat_partition, gradients, strict=True)]
+        else:
+            holders, offloaded = optimizer.single_partition_of_fp32_groups, optimizer.cpu_offload
+        if offloaded:
+            if hasattr(optimizer, "_wait_for_offload_copies"):
+                optimizer._wait_for_offload_copies()
+            return [(holder, [holder.grad]) for holder in holders if holder.grad is not None]
+        return [(holder, list(optimizer.averaged_gradients[i])) for i, holder in enumerate(holders)]
