@@ -183,9 +183,7 @@ def test_layouts_are_legal_and_keep_the_global_batch(data: Path) -> None:
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_would(data: Path) -> None:
-    big = planner(
-        data, "model.num_blocks=4", "model.emb_size_edge=512", "model.emb_size_atom=64", "optim.batch_size=8"
-    )
+    big = planner(data, "model.num_blocks=4", "model.emb_size_edge=512", "model.emb_size_atom=64", "optim.batch_size=8")
     layout, combination = ParallelLayout(data=1), Combination()
     plan = big.plan(layout, combination, 8, 1)
     block = big.plan(layout, replace(combination, recompute="block"), 8, 1)
