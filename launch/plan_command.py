@@ -62,7 +62,7 @@ def _show(result: dict[str, Any], plans: list[Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from egnscale.scaling.planner import gib
+    from egnscale.scaling.planner import GIB
     from egnscale.scaling.rank_memory import KINDS
 
     console = Console()
@@ -73,13 +73,13 @@ def _show(result: dict[str, Any], plans: list[Any]) -> None:
         highlight=False,
     )
     table = Table(title="Layouts, the best first")
-    for heading in ("graph", "data", "ZeRO", "recompute", "offload", "batch x acc.", "needs", "fits", "s a step"):
+    for heading in ("graph", "data", "ZeRO", "recompute", "offload", "batch", "GiB", "fits", "s/step"):
         table.add_column(heading, justify="left" if heading in ("recompute", "offload", "fits") else "right")
     for plan, record in list(zip(plans, result["plans"], strict=True))[:12]:
         combination = plan.combination
         table.add_row(
             *(str(plan.layout.graph), str(plan.layout.data), str(combination.zero), combination.recompute),
-            *(combination.offload, f"{plan.micro_batch} x {plan.accumulation}", gib(plan.needed)),
+            *(combination.offload, f"{plan.micro_batch}x{plan.accumulation}", f"{plan.needed / GIB:.2f}"),
             *("yes" if record["fits"] else "no", f"{plan.times.total:.3g}"),
         )
     console.print(table)
@@ -89,12 +89,12 @@ def _show(result: dict[str, Any], plans: list[Any]) -> None:
     table.add_column("GiB", justify="right")
     for kind in KINDS:
         if best.peak.kinds[kind]:
-            table.add_row(kind, f"{best.peak.kinds[kind] / 2**30:.3f}")
+            table.add_row(kind, f"{best.peak.kinds[kind] / GIB:.3f}")
     for layer, size in sorted(best.peak.layers.items()):
-        table.add_row(f"  of activations: {layer or 'loss'}", f"{size / 2**30:.3f}")
-    table.add_row("not given back by the allocator", f"{best.peak.kept_back / 2**30:.3f}")
-    table.add_row("process", f"{best.process / 2**30:.3f}")
-    table.add_row("safety allowance", f"{(best.needed - best.foretold) / 2**30:.3f}", end_section=True)
-    table.add_row("needed", f"{best.needed / 2**30:.3f}")
+        table.add_row(f"  of activations: {layer or 'loss'}", f"{size / GIB:.3f}")
+    table.add_row("not given back by the allocator", f"{best.peak.kept_back / GIB:.3f}")
+    table.add_row("process", f"{best.process / GIB:.3f}")
+    table.add_row("safety allowance", f"{(best.needed - best.foretold) / GIB:.3f}", end_section=True)
+    table.add_row("needed", f"{best.needed / GIB:.3f}")
     console.print(table)
     console.print(result["explanation"], highlight=False)

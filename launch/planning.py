@@ -235,6 +235,7 @@ class Planner:
             device=self.machine.device,
             amsgrad=self.config.optim.amsgrad,
             averaged=self.config.optim.ema_decay is not None,
+            checkpointed=self.config.task.checkpoint_every is not None,
             gradient_accumulation=accumulation,
             batch_bytes=work.bytes,
         )

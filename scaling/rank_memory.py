@@ -65,6 +65,7 @@ class States:
     device: Device = "cpu"
     amsgrad: bool = False
     averaged: bool = False  #: weights, by `optim.ema_decay`
+    checkpointed: bool = True
     gradient_accumulation: int = 1
     batch_bytes: int = 0  #: graph and labels of a micro-batch
 
@@ -186,7 +187,7 @@ class Buffer:
 
 
 def peak_of_run(states: States, trace: StepTrace) -> Peak:
-    """The most that one rank holds on its device, from its first parameter to a checkpoint."""
+    """The most that one rank holds on its device, from its first parameter to its first checkpoint."""
     ledger = Ledger(states.device)
     run = _STAGES[states.combination.zero](states, ledger)
     ledger.when = "construction"
@@ -200,8 +201,9 @@ def peak_of_run(states: States, trace: StepTrace) -> Peak:
             ledger.drop(batch)
         ledger.when = "optimizer step"
         run.step()
-    ledger.when = "checkpoint"
-    run.checkpoint()
+    if states.checkpointed:
+        ledger.when = "checkpoint"
+        run.checkpoint()
     return ledger.result()
 
 
