@@ -93,6 +93,41 @@ def open_dataset(path: str | Path, *, progress: Progress = _silent) -> Dataset:
     return ForeignDataset(source, progress)
 
 
+class First:
+    """The first structures of a data set, as one; statistics stay those of the whole."""
+
+    def __init__(self, whole: Dataset, count: int) -> None:
+        self.whole, self.count = whole, min(count, len(whole))
+        self.path, self.metadata, self.ids_known = whole.path, whole.metadata, whole.ids_known
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Sample:
+        if not -self.count <= i < self.count:
+            raise IndexError(f"structure {i} of {self.count}")
+        return self.whole[i % self.count]
+
+    @property
+    def num_atoms(self) -> np.ndarray:
+        return self.whole.num_atoms[: self.count]
+
+    @property
+    def num_edges(self) -> np.ndarray:
+        return self.whole.num_edges[: self.count]
+
+    @property
+    def sid(self) -> np.ndarray:
+        return self.whole.sid[: self.count]
+
+    @property
+    def fid(self) -> np.ndarray:
+        return self.whole.fid[: self.count]
+
+    def verify(self) -> None:
+        self.whole.verify()
+
+
 class ForeignDataset:
     """Data of another program with what a `Store` knows: sizes and statistics.
 

@@ -234,6 +234,7 @@ class DataConfig(_Section):
 
     train: Path = Field(description="data set to train on")
     val: dict[str, Path] = Field(default_factory=dict, description="data set to validate on, or split name: data set")
+    limit: Size | None = Field(default=None, description="train on so many structures, the first ones; null for all")
     workers: Count = Field(default=2, description="loader processes per rank; 0 reads in the training process")
 
     @field_validator("val", mode="before")

@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from egnscale.data.batch import AtomBatch, Collate, cell_coordinates
-from egnscale.data.dataset import Dataset, open_dataset
+from egnscale.data.dataset import Dataset, First, open_dataset
 from egnscale.data.neighbors import GraphSpec
 from egnscale.data.readers import holds_sources
 from egnscale.data.sample import Sample
@@ -41,8 +41,11 @@ def open_data(path: str | Path) -> Dataset:
 LABELS = {"s2ef": ("energy", "forces"), "is2re": ("energy_relaxed",)}
 
 
-def open_labelled(path: str | Path, num_elements: int, task: str = "s2ef") -> Dataset:
+def open_labelled(path: str | Path, num_elements: int, task: str = "s2ef", limit: int | None = None) -> Dataset:
     """Open a store, or OC20's LMDB files and their like, for training or evaluation.
+
+    Args:
+        limit: structures to use, the first ones; None for all.
 
     Raises:
         ValueError: if it is empty, lacks what the task needs, or holds elements that the model does not know. What
@@ -57,7 +60,7 @@ def open_labelled(path: str | Path, num_elements: int, task: str = "s2ef") -> Da
     for label in LABELS[task]:
         check_all_labelled(store, label, task)
     check_elements(path, store, num_elements)
-    return store
+    return store if limit is None else First(store, limit)
 
 
 def check_all_labelled(store: Dataset, label: str, task: str) -> None:

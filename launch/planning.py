@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from egnscale.data.batch import AtomBatch, Collate
-from egnscale.data.dataset import Dataset
+from egnscale.data.dataset import Dataset, First
 from egnscale.data.sample import Sample
 from egnscale.data.sampler import BalancedBatchSampler
 from egnscale.launch.bench_comm import slab
@@ -193,6 +193,8 @@ class Planner:
         else:
             model = model_config(given.preset, name=given.name, **values)
         store = open_data(config.data.train) if atoms is None and config.data.train.exists() else None
+        if store is not None and config.data.limit is not None:
+            store = First(store, config.data.limit)
         return cls(config, model, machine, store, atoms=atoms or MADE_UP_ATOMS)
 
     @property

@@ -159,7 +159,7 @@ class Trainer:
         self.combination = self._combination(ds)
         self._check_combination()
         elements, task = self.model_config.num_elements, config.task.name
-        self.train_store = open_labelled(config.data.train, elements, task)
+        self.train_store = open_labelled(config.data.train, elements, task, config.data.limit)
         self.val_stores = {name: open_labelled(path, elements, task) for name, path in self._val_splits().items()}
         if resumed is not None:
             self._check_resumed(*resumed)
