@@ -33,6 +33,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.atoms is not None and args.atoms < 20:
         raise ValueError(f"--atoms is {args.atoms}; slabs have at least 20 atoms")
 
+    from rich.console import Console
+    from rich.progress import track
+
     from egnscale.launch.config import load_config
     from egnscale.launch.planning import Planner
     from egnscale.scaling.planner import MACHINES, Machine, explained, ranked, read_size
@@ -43,7 +46,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         host = read_size(args.cpu_memory) // args.gpus_per_node
     planner = Planner.of_config(load_config(Path(items[0]), items[1:]), machine, atoms=args.atoms)
     ranks = args.nodes * args.gpus_per_node
-    plans = ranked(planner.layouts(ranks, args.gpus_per_node, offload=host is not None), available, host)
+    console = Console(stderr=True, quiet=args.json)
+    plans = planner.layouts(
+        ranks,
+        args.gpus_per_node,
+        offload=host is not None,
+        progress=lambda todo: track(todo, "tracing", console=console, transient=True),
+    )
+    plans = ranked(plans, available, host)
     result = {
         "ranks": ranks,
         "device_memory": available,
@@ -63,7 +73,7 @@ def _show(result: dict[str, Any], plans: list[Any]) -> None:
     from rich.table import Table
 
     from egnscale.scaling.planner import GIB
-    from egnscale.scaling.rank_memory import KINDS
+    from egnscale.scaling.rank_memory import ACTIVATIONS, KINDS
 
     console = Console()
     machine = result["machine"]
@@ -90,8 +100,9 @@ def _show(result: dict[str, Any], plans: list[Any]) -> None:
     for kind in KINDS:
         if best.peak.kinds[kind]:
             table.add_row(kind, f"{best.peak.kinds[kind] / GIB:.3f}")
-    for layer, size in sorted(best.peak.layers.items()):
-        table.add_row(f"  of activations: {layer or 'loss'}", f"{size / GIB:.3f}")
+        if kind == ACTIVATIONS:
+            for layer, size in sorted(best.peak.layers.items(), key=lambda one: int((one[0] or "-1").split()[0])):
+                table.add_row(f"  {layer or 'loss'}", f"{size / GIB:.3f}")
     table.add_row("not given back by the allocator", f"{best.peak.kept_back / GIB:.3f}")
     table.add_row("process", f"{best.process / GIB:.3f}")
     table.add_row("safety allowance", f"{(best.needed - best.foretold) / GIB:.3f}", end_section=True)

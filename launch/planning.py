@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -273,10 +273,20 @@ class Planner:
         )
         return [one for one in found if one.why_not() is None]
 
-    def layouts(self, ranks: int, per_node: int, *, offload: bool = False) -> list[Plan]:
+    def layouts(
+        self,
+        ranks: int,
+        per_node: int,
+        *,
+        offload: bool = False,
+        progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    ) -> list[Plan]:
         """Plans of all layouts of so many ranks that keep the configuration's global batch.
 
         Micro-batches are those that one, two or four of, or as many as the configuration says, make up the batch.
+
+        Args:
+            progress: goes through what is to be planned, and may show how far it is.
 
         Raises:
             ValueError: where the ranks do not suit the configuration.
@@ -284,7 +294,7 @@ class Planner:
         optim, parallel = self.config.optim, self.config.parallel
         whole = ParallelLayout.of_world(ranks, graph=parallel.graph)
         batch = optim.batch_size * optim.gradient_accumulation * whole.data
-        plans = []
+        todo: list[tuple[ParallelLayout, Combination, int, int]] = []
         for graph in _graph_sizes(ranks, per_node, parallel.graph):
             layout = ParallelLayout.of_world(ranks, graph=graph)
             if batch % layout.data:
@@ -292,11 +302,11 @@ class Planner:
             of_replica = batch // layout.data
             rounds = [a for a in (1, 2, 4, optim.gradient_accumulation) if of_replica % a == 0]
             for accumulation in sorted(set(rounds)):
-                plans += [
-                    self.plan(layout, combination, of_replica // accumulation, accumulation)
+                todo += [
+                    (layout, combination, of_replica // accumulation, accumulation)
                     for combination in self.combinations(offload=offload)
                 ]
-        return plans
+        return [self.plan(*one) for one in progress(todo)]
 
     def record(self, plan: Plan, available: int, host: int | None) -> dict[str, Any]:
         """For JSON."""

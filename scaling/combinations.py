@@ -151,7 +151,8 @@ def legal_tables() -> str:
     stages = [f"ZeRO-{zero}" for zero in ZERO]
     return "\n".join(
         [
-            "Forces (`model.forces`) and how they are trained (`parallel.second_order`; of `auto`, which is meant):\n",
+            "Forces (`model.forces`) and how they are trained (`parallel.second_order`; of `auto`, what is taken where "
+            "it fits):\n",
             _table(["forces", "second order", *stages], orders),
             "What is kept off the device (`parallel.offload`):\n",
             _table(["offload", *stages], offloads),
