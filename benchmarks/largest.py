@@ -57,7 +57,7 @@ def climb(rung: tuple[int, ...], args: argparse.Namespace, folder: Path) -> dict
         lines = [line for line in done.stderr.splitlines() if line.startswith("egnscale train:")]
         reason = lines[-1] if lines else f"ended with code {done.returncode}"
         return {**found, "error": reason}
-    report = json.loads(done.stdout)
+    report = json.loads(done.stdout.splitlines()[-1])
     with open(folder / "run" / "log.csv") as file:
         rows = list(csv.DictReader(file))
     seconds = [float(row["seconds"]) for row in rows]

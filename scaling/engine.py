@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from egnscale.scaling.training_state import Piece, read_state, write_state  # noqa: E402
 
 deepspeed_logger.setLevel(logging.WARNING)
+for handler in deepspeed_logger.handlers:
+    if isinstance(handler, logging.StreamHandler):
+        handler.setStream(sys.stderr)  # standard output is for results
 # DeepSpeed calls collectives under names that torch has begun to rename: nothing a user can act on.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 

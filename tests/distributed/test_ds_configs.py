@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -62,3 +64,13 @@ def test_says_what_it_is_for(name: str) -> None:
 def test_every_file_is_tried() -> None:
     on_disk = {path.stem for path in (Path(__file__).parents[2] / "ds_configs").glob("*.json")}
     assert {*HERE, NVME} == on_disk
+
+
+def test_deepspeed_speaks_on_standard_error() -> None:
+    program = (
+        "import egnscale.scaling.engine; from deepspeed.utils import logger, log_dist; "
+        "logger.warning('careful'); log_dist('hear', ranks=[-1], level=40)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert "careful" in done.stderr
