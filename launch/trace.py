@@ -89,7 +89,7 @@ class _Seen:
             if not _finite(x):
                 (self.tangents if dual else self.outputs).append(_Place(number, name))
             if x.requires_grad:
-                x.register_hook(lambda grad: None if _finite(grad) else self.back.add(number))
+                x.register_hook(lambda grad: None if grad is None or _finite(grad) else self.back.add(number))
 
     def see_prediction(self, prediction: Prediction) -> None:
         for name, x in prediction._asdict().items():

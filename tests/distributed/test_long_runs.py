@@ -43,11 +43,15 @@ COMMON = [
 def trainer(world: Any, root: Path, name: str, *overrides: str) -> Any:
     from egnscale.launch.trainer import Trainer
 
-    # Scale factors depend on how structures are put together in batches.
-    Trainer._fit_scale_factors = lambda self: None  # type: ignore[method-assign]
+    class Unfitted(Trainer):
+        """Scale factors depend on how structures are put together in batches."""
+
+        def _fit_scale_factors(self) -> None:
+            pass
+
     output = root / name.replace(" ", "_").replace(",", "")
     config = load_config(root / "config.yaml", [*COMMON, f"task.output={output}", *overrides])
-    return Trainer(config, world)
+    return Unfitted(config, world)
 
 
 def table(run: Path) -> dict[tuple[str, str], float]:
