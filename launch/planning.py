@@ -19,6 +19,7 @@ from egnscale.data.sample import Sample
 from egnscale.data.sampler import BalancedBatchSampler
 from egnscale.launch.bench_comm import slab
 from egnscale.launch.config import RunConfig
+from egnscale.launch.layer_watch import layer_names
 from egnscale.launch.loading import PartCollate, graph_spec, open_data, sizes_for_balance
 from egnscale.launch.run_files import read_trained
 from egnscale.launch.tasks import IS2RE, S2EF, Normalizer
@@ -129,10 +130,9 @@ def _trace(
     objective: S2EF | IS2RE = IS2RE(model, normalizer)
     if task == "s2ef":
         objective = S2EF(model, normalizer, second_order=second_order)
-    layers = {f"{number} {type(layer).__name__}": layer for number, layer in enumerate(model.layers)}
     if flat:
         flatten_layers(model)
-        layers = {f"{number} {type(layer).__name__}": layer for number, layer in enumerate(model.layers)}
+    layers = dict(zip(layer_names(model), model.layers, strict=True))
     objective.to(PRECISIONS[precision])
     counts = torch.ones(2, dtype=torch.float64, device="meta")
     known: list[Tensor] = [counts, *batch.tensors().values()]
@@ -433,13 +433,13 @@ def settle(
     plan = planner.plan(layout, chosen, *size)
     if conservative and combination.second_order == "auto" and combination.zero < 3:
         other = planner.plan(layout, replace(chosen, second_order="reverse_over_forward"), *size)
-        cheaper, dearer = sorted((plan, other), key=lambda one: one.times.total)
-        plan = cheaper if cheaper.fits(available) or not dearer.fits(available) else dearer
-        rest = other if plan is not other else cheaper
+        plan, rest = sorted((plan, other), key=lambda one: one.times.total)
+        if rest.fits(available) and not plan.fits(available):
+            plan, rest = rest, plan
         say(
             f"second order: {plan.combination.second_order}, {plan.times.total:.3g} s a step and {gib(plan.needed)}; "
-            f"{(dearer if plan is cheaper else cheaper).combination.second_order} takes {rest.times.total:.3g} s and "
-            f"{gib(rest.needed)}, and there are {gib(available)}"
+            f"{rest.combination.second_order} takes {rest.times.total:.3g} s and {gib(rest.needed)}, and there are "
+            f"{gib(available)}"
         )
     forecast = Forecast(planner, plan, available)
     if not plan.fits(available):

@@ -107,13 +107,16 @@ def _finite(x: Tensor) -> bool:
 
 def _first(places: Iterable[_Place]) -> _Place | None:
     """The first in the order of layers that any rank has found. Collective."""
-    mine = min(places, key=lambda place: place.layer, default=None)
-    found = [place for place in gather_over_ranks(mine) if place is not None]
-    return min(found, key=lambda place: place.layer, default=None)
+    return _of_all_ranks(min, places)
 
 
 def _last(places: Iterable[_Place]) -> _Place | None:
     """The last. Collective."""
-    mine = max(places, key=lambda place: place.layer, default=None)
-    found = [place for place in gather_over_ranks(mine) if place is not None]
-    return max(found, key=lambda place: place.layer, default=None)
+    return _of_all_ranks(max, places)
+
+
+def _of_all_ranks(choose: Callable[..., _Place | None], places: Iterable[_Place]) -> _Place | None:
+    def chosen(among: Iterable[_Place]) -> _Place | None:
+        return choose(among, key=lambda place: place.layer, default=None)
+
+    return chosen(place for place in gather_over_ranks(chosen(places)) if place is not None)

@@ -18,14 +18,11 @@ _BYTES = 4  # fp32
 
 
 class WeightsFile:
-    """A safetensors file that is open for reading.
-
-    Args:
-        shapes: of what it holds, by name.
-    """
+    """A safetensors file that is open for reading: `weights[name]` reads one tensor."""
 
     def __init__(self, path: Path, file: Any) -> None:
         self.path, self._file = path, file
+        #: Of what it holds, by name.
         self.shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def __getitem__(self, name: str) -> Tensor:

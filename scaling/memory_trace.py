@@ -242,11 +242,10 @@ def _watched(module: nn.Module, layers: Mapping[str, nn.Module], mode: TraceMode
     for name, layer in layers.items():
         handles.append(layer.register_forward_pre_hook(enter(name)))
         handles.append(layer.register_forward_hook(leave))
+    full = {id(p): name for name, p in module.named_parameters()}
     for child in module.modules():
-        names = tuple(name for name, _ in child.named_parameters(recurse=False))
-        if names:
-            full = {id(p): name for name, p in module.named_parameters()}
-            mine = tuple(full[id(p)] for p in child.parameters(recurse=False))
+        mine = tuple(full[id(p)] for p in child.parameters(recurse=False))
+        if mine:
             handles.append(child.register_forward_pre_hook(lambda *_, mine=mine: mode.used(mine)))
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:

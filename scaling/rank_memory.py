@@ -25,6 +25,7 @@ from typing import Any, Literal
 from egnscale.scaling.allocators import Allocator, CudaCache, Pages
 from egnscale.scaling.combinations import Combination
 from egnscale.scaling.memory_trace import Allocation, GradientReady, ParametersUsed, StepTrace
+from egnscale.scaling.training_state import FILE_BYTES
 
 Device = Literal["cpu", "cuda"]
 
@@ -48,8 +49,6 @@ DEFAULTS = {
     "stage3_param_persistence_threshold": 100_000,
     "sub_group_size": 1_000_000_000,
 }
-#: A rank keeps so much of a checkpoint in memory while it writes (`egnscale.scaling.training_state`).
-FILE_BYTES = 1 << 30
 #: Steps that are gone through: in the first, moments are made; where freed memory is kept, it finds its use in a third.
 STEPS = {"cpu": 2, "cuda": 3}
 
