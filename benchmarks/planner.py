@@ -28,7 +28,7 @@ from egnscale.data.dataset import open_dataset
 from egnscale.data.store import write_store
 from egnscale.launch.config import RunConfig, load_config
 from egnscale.launch.planning import Planner
-from egnscale.models import model_config
+from egnscale.launch.run_files import run_model
 from egnscale.scaling.combinations import Combination
 from egnscale.scaling.layout import ParallelLayout
 from egnscale.scaling.memory import peak_memory
@@ -146,8 +146,7 @@ def measure(case: Case, folder: Path) -> int:
 
 def foretell(case: Case, folder: Path, device: str) -> Plan:
     config = case.config(folder)
-    given, parallel = config.model, config.parallel
-    model = model_config(given.preset, name=given.name, **given.hyperparameters())
+    parallel, model = config.parallel, run_model(config, None)
     machine = MACHINES["h100" if device == "cuda" else "cpu"]
     planner = Planner(config, model, machine, open_dataset(config.data.train))
     combination = Combination(

@@ -21,9 +21,9 @@ from egnscale.launch.bench_comm import slab
 from egnscale.launch.config import RunConfig
 from egnscale.launch.layer_watch import layer_names
 from egnscale.launch.loading import PartCollate, graph_spec, open_data, sizes_for_balance
-from egnscale.launch.run_files import read_trained
+from egnscale.launch.run_files import read_trained, run_model
 from egnscale.launch.tasks import IS2RE, S2EF, Normalizer
-from egnscale.models import AtomModelConfig, ExtendedGraph, build_model, count_parameters, model_config
+from egnscale.models import AtomModelConfig, ExtendedGraph, build_model, count_parameters
 from egnscale.scaling.allocators import give_back_at_once
 from egnscale.scaling.collectives import CountedGroup, added
 from egnscale.scaling.combinations import Combination, Recompute, SecondOrder, every_combination
@@ -184,14 +184,8 @@ class Planner:
         Raises:
             ValueError: for a model that cannot be.
         """
-        given = config.model
-        values = given.hyperparameters()
-        if config.task.name == "is2re":
-            values = {"forces": "none"} | values
-        if config.task.init_from is not None:
-            model = replace(read_trained(config.task.init_from).config, **values)
-        else:
-            model = model_config(given.preset, name=given.name, **values)
+        start = config.task.init_from
+        model = run_model(config, None if start is None else read_trained(start).config)
         store = open_data(config.data.train) if atoms is None and config.data.train.exists() else None
         if store is not None and config.data.limit is not None:
             store = First(store, config.data.limit)

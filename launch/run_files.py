@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from egnscale.launch.config import RunConfig
 from egnscale.launch.tasks import Normalizer
 from egnscale.launch.weights import open_weights
 from egnscale.models import AtomModel, AtomModelConfig, build_model, model_config
@@ -65,6 +66,29 @@ def recorded_model(run: dict[str, Any], checkpoint: Path) -> AtomModelConfig:
         return model_config(**run["model"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{checkpoint / RUN} is incomplete: {error}") from None
+
+
+def run_model(config: RunConfig, before: AtomModelConfig | None) -> AtomModelConfig:
+    """What a run's configuration says of its model.
+
+    Args:
+        before: the model that `task.init_from` has; used where the configuration names one, for all that it leaves out.
+
+    Raises:
+        ValueError: for a model that cannot be, or is said in two ways.
+    """
+    given = config.model
+    values = given.hyperparameters()
+    if config.task.name == "is2re":
+        values = {"forces": "none"} | values
+    if config.task.init_from is None:
+        return model_config(given.preset, name=given.name, **values)
+    if given.preset is not None:
+        raise ValueError("task.init_from brings the sizes of its model; leave model.preset out")
+    assert before is not None
+    if given.name not in (None, before.name):
+        raise ValueError(f"task.init_from is a {before.name}, model.name says {given.name}; leave model.name out")
+    return model_config(name=before.name, **{**asdict(before), **values})
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from egnscale.launch.run_files import (
     read_run,
     read_trained,
     recorded_model,
+    run_model,
     run_record,
 )
 from egnscale.launch.schedules import build_schedule
@@ -43,7 +44,7 @@ from egnscale.launch.spikes import ROLLBACKS, SpikeGuard
 from egnscale.launch.tasks import IS2RE, S2EF, Normalizer
 from egnscale.launch.trace import what_is_not_finite
 from egnscale.launch.weights import open_weights, save_weights
-from egnscale.models import AtomModelConfig, ExtendedGraph, Prediction, build_model, count_parameters, model_config
+from egnscale.models import ExtendedGraph, Prediction, build_model, count_parameters
 from egnscale.models.layered import LayeredModel
 from egnscale.models.scale_factors import fit_scale_factors, unfitted
 from egnscale.scaling.agreement import check_agreement, run_facts
@@ -155,7 +156,9 @@ class Trainer:
         start = None  # what a new run starts from
         if config.task.init_from is not None and resumed is None:
             start = read_trained(config.task.init_from)
-        self.model_config = self._model_config(start, resumed)
+        # Once a run goes on, its own checkpoints say what it started from: that may be gone.
+        before = start.config if start is not None else recorded_model(resumed[1], resumed[0]) if resumed else None
+        self.model_config = run_model(config, before)
         self.combination = self._combination(ds)
         self._check_combination()
         elements, task = self.model_config.num_elements, config.task.name
@@ -208,28 +211,6 @@ class Trainer:
             once(self._make_directory)
 
     # Setting up
-
-    def _model_config(self, start: TrainedRun | None, resumed: tuple[Path, dict[str, Any]] | None) -> AtomModelConfig:
-        """What the configuration says; where a run starts from a checkpoint, the rest from that checkpoint's model.
-
-        Once it runs, its own checkpoints say it: the one that it started from may be gone.
-        """
-        given = self.config.model
-        values = given.hyperparameters()
-        if self.config.task.name == "is2re":
-            values = {"forces": "none"} | values
-        if self.config.task.init_from is None:
-            return model_config(given.preset, name=given.name, **values)
-        if given.preset is not None:
-            raise ValueError("task.init_from brings the sizes of its model; leave model.preset out")
-        if start is not None:
-            before = start.config
-        else:
-            assert resumed is not None
-            before = recorded_model(resumed[1], resumed[0])
-        if given.name not in (None, before.name):
-            raise ValueError(f"task.init_from is a {before.name}, model.name says {given.name}; leave model.name out")
-        return model_config(name=before.name, **{**asdict(before), **values})
 
     def _combination(self, ds: dict[str, Any]) -> Combination:
         parallel = self.config.parallel
