@@ -89,9 +89,7 @@ class S2EF(nn.Module):
         if self.second_order == "reverse_over_forward" and torch.is_grad_enabled():
             return self._reverse_over_forward(graph, batch, counts)
         prediction = self.model(graph)
-        loss = self._loss(prediction, graph, batch, counts)
-        assert prediction.forces is not None
-        return loss, Prediction(prediction.energy.detach(), prediction.forces.detach())
+        return self.loss(prediction, graph, batch, counts), detached(prediction)
 
     def _reverse_over_forward(
         self, graph: ExtendedGraph, batch: AtomBatch, counts: Tensor
@@ -100,18 +98,30 @@ class S2EF(nn.Module):
         assert isinstance(self.model, EnergyModel)
         with torch.no_grad():
             prediction = self.model(graph)
+        loss, of_energy, displacement = self.slopes(prediction, graph, batch, counts)
+        energies, derivatives = dual_energies(self.model, graph, displacement)
+        objective = (of_energy * energies).sum() + derivatives.sum()
+        # The value of the loss, with the gradient of the objective.
+        return loss + (objective - objective.detach()), detached(prediction)
+
+    def slopes(
+        self, prediction: Prediction, graph: ExtendedGraph, batch: AtomBatch, counts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss; its derivative g in the energies (B,); the displacement xdot (V, 3) of `egnscale.models.dual`.
+
+        The loss's gradient in the parameters is that of g . E + Edot.
+        """
         assert prediction.forces is not None
-        energy, forces = prediction.energy.requires_grad_(), prediction.forces.requires_grad_()
-        loss = self._loss(Prediction(energy, forces), graph, batch, counts)
-        of_energy, of_forces = torch.autograd.grad(loss, (energy, forces))
+        with torch.enable_grad():
+            energy, forces = prediction.energy.detach().requires_grad_(), prediction.forces.detach().requires_grad_()
+            loss = self.loss(Prediction(energy, forces), graph, batch, counts)
+            of_energy, of_forces = torch.autograd.grad(loss, (energy, forces))
         # The losses of all who share a graph depend on a force, and `total` hands each what it means to all of them.
         sharing = graph.partition.reduce(of_forces.new_ones(1))
-        energies, slopes = dual_energies(self.model, graph, -of_forces / sharing)
-        objective = (of_energy * energies).sum() + slopes.sum()
-        # The value of the loss, with the gradient of the objective.
-        return loss.detach() + (objective - objective.detach()), Prediction(energy.detach(), forces.detach())
+        return loss.detach(), of_energy, -of_forces / sharing
 
-    def _loss(self, prediction: Prediction, graph: ExtendedGraph, batch: AtomBatch, counts: Tensor) -> Tensor:
+    def loss(self, prediction: Prediction, graph: ExtendedGraph, batch: AtomBatch, counts: Tensor) -> Tensor:
+        """() of a prediction in normalised units."""
         assert prediction.forces is not None
         assert batch.energy is not None
         assert batch.forces is not None
@@ -147,8 +157,18 @@ class IS2RE(nn.Module):
 
     def forward(self, graph: ExtendedGraph, batch: AtomBatch, counts: Tensor) -> tuple[Tensor, Prediction]:
         """The loss of a labelled batch, and the (detached, normalised) prediction."""
-        energy = self.model(graph).energy
+        prediction = self.model(graph)
+        return self.loss(prediction, graph, batch, counts), detached(prediction)
+
+    def loss(self, prediction: Prediction, graph: ExtendedGraph, batch: AtomBatch, counts: Tensor) -> Tensor:
+        """() of a prediction in normalised units."""
+        energy = prediction.energy
         assert batch.energy_relaxed is not None
         scale = self.normalizer
         target = ((batch.energy_relaxed - scale.energy_mean) / scale.energy_std).to(energy.dtype)
-        return (energy - target).abs().sum() / counts[0], Prediction(energy.detach(), None)
+        return (energy - target).abs().sum() / counts[0]
+
+
+def detached(prediction: Prediction) -> Prediction:
+    forces = prediction.forces
+    return Prediction(prediction.energy.detach(), None if forces is None else forces.detach())

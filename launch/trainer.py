@@ -45,7 +45,7 @@ from egnscale.launch.tasks import IS2RE, S2EF, Normalizer
 from egnscale.launch.trace import what_is_not_finite
 from egnscale.launch.weights import open_weights, save_weights
 from egnscale.models import ExtendedGraph, Prediction, build_model, count_parameters
-from egnscale.models.layered import LayeredModel
+from egnscale.models.layered import Blocks, LayeredModel
 from egnscale.models.scale_factors import fit_scale_factors, unfitted
 from egnscale.scaling.agreement import check_agreement, run_facts
 from egnscale.scaling.checkpoint import (
@@ -189,7 +189,7 @@ class Trainer:
         if parallel.check_memory:
             self._foretell()
         torch.manual_seed(config.task.seed)  # the same weights on every rank
-        with sharded_layers(ds, LayeredModel) if parallel.zero == 3 else nullcontext():
+        with sharded_layers(ds, LayeredModel, Blocks) if parallel.zero == 3 else nullcontext():
             model = build_model(self.model_config)
         self.mesh.name_layers(model.layers)
         set_recompute(model, parallel.recompute, self.mesh.graph_group)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from egnscale.models.basis import BesselBasis, SineBasis
 from egnscale.models.forces import EnergyModel, Forces, Prediction
 from egnscale.models.graph import ExtendedGraph, Pending
+from egnscale.models.layered import Blocks
 from egnscale.models.layers import BiasedResidual, Linear, silu
 from egnscale.models.remake import cheap
 from egnscale.models.segments import segment_sum_backend
@@ -71,10 +72,10 @@ class DimeNetConfig:
             raise ValueError(f"symmetrize is {self.symmetrize!r}; choose none, union or oc20")
 
 
-class EdgeBasis(NamedTuple):
-    """What follows from positions alone, shared by all blocks."""
+class Geometry(NamedTuple):
+    """What follows from positions alone."""
 
-    rbf: Tensor  #: (E, R)
+    distance: Tensor  #: (E,) A
     radial: Tensor  #: (E, S, R) radial part of the triplets' basis
     angular: PathHarmonics
 
@@ -84,7 +85,8 @@ class State(NamedTuple):
 
     x: Tensor  #: (E, H) messages
     energy: Tensor  #: (V, 1) energy of each atom so far, normalised
-    basis: EdgeBasis
+    rbf: Tensor  #: (E, R) radial features of edges, whose frequencies are learnt; shared by all blocks
+    geometry: Geometry
 
 
 class OutputBlock(nn.Module):
@@ -103,7 +105,7 @@ class OutputBlock(nn.Module):
         nn.init.zeros_(self.lin.weight)
 
     def forward(self, state: State, graph: ExtendedGraph) -> State:
-        h = graph.partition.aggregate(self.lin_rbf(state.basis.rbf) * state.x, self.segment_sum)  # EdgeAggr
+        h = graph.partition.aggregate(self.lin_rbf(state.rbf) * state.x, self.segment_sum)  # EdgeAggr
         h = self.lin_up(h)  # NodeUpdate
         for lin in self.lins:
             h = lin(h)
@@ -130,22 +132,22 @@ class InteractionBlock(nn.Module):
 
     def forward(self, state: State, graph: ExtendedGraph) -> State:
         x = state.x
-        triplets = self.send(x, state.basis, graph)
+        triplets = self.send(x, state.rbf, state.geometry, graph)
         x_ji = self.lin_ji(x)
         h = x_ji + self.lin_up(triplets.wait())  # EdgeUpdate
         h = self.lin(self.layers_before_skip(h)) + x
         return state._replace(x=self.layers_after_skip(h))
 
-    def send(self, x: Tensor, basis: EdgeBasis, graph: ExtendedGraph) -> Pending:
+    def send(self, x: Tensor, rbf: Tensor, geometry: Geometry, graph: ExtendedGraph) -> Pending:
         """TripletUpdate and TripletAggr: (E, H) -> (E, I), which may be under way."""
-        x_kj = cheap(torch.mul, self.lin_kj(x), self.lin_rbf2(self.lin_rbf1(basis.rbf)))
+        x_kj = cheap(torch.mul, self.lin_kj(x), self.lin_rbf2(self.lin_rbf1(rbf)))
         x_kj = self.lin_down(x_kj)
         # Published: x_kj times lin_sbf2(lin_sbf1(radial * angular)) of each triplet. Both being linear, what multiplies
         # the angular part of degree l is known for each edge.
-        sbf1 = self.lin_sbf1.weight.view(-1, *basis.radial.shape[1:])  # (C, S, R)
-        radial = basis.radial.to(sbf1.dtype).transpose(0, 1) @ sbf1.permute(1, 2, 0)  # (S, E, C)
+        sbf1 = self.lin_sbf1.weight.view(-1, *geometry.radial.shape[1:])  # (C, S, R)
+        radial = geometry.radial.to(sbf1.dtype).transpose(0, 1) @ sbf1.permute(1, 2, 0)  # (S, E, C)
         weighted = cheap(torch.matmul, radial, self.lin_sbf2.weight.t()) * x_kj  # (S, E, I)
-        return graph.partition.to_targets(path_sum(weighted, basis.angular, graph).to(x.dtype))
+        return graph.partition.to_targets(path_sum(weighted, geometry.angular, graph).to(x.dtype))
 
 
 class Embedding(nn.Module):
@@ -167,9 +169,10 @@ class Embedding(nn.Module):
         self.output = OutputBlock(config)
 
     def forward(self, graph: ExtendedGraph) -> State:
-        basis = self.basis(graph)
-        x = self.embed_edges(self.lin_rbf(basis.rbf), graph)
-        return self.output(State(x, basis.rbf.new_zeros(graph.num_atoms, 1), basis), graph)
+        geometry = self.geometry(graph)
+        rbf = self.radial_basis(geometry.distance)
+        x = self.embed_edges(self.lin_rbf(rbf), graph)
+        return self.output(State(x, rbf.new_zeros(graph.num_atoms, 1), rbf, geometry), graph)
 
     def embed_edges(self, rbf: Tensor, graph: ExtendedGraph) -> Tensor:
         """act([h_target, h_source, rbf] W^T + b), with the products of atoms made for atoms. (E, H)."""
@@ -181,8 +184,8 @@ class Embedding(nn.Module):
         edges = torch.addmm(self.lin.bias, rbf, of_edge.t())
         return silu(sources.wait() + targets + edges)
 
-    def basis(self, graph: ExtendedGraph) -> EdgeBasis:
-        """Radial and angular factors, in the precision of the positions."""
+    def geometry(self, graph: ExtendedGraph) -> Geometry:
+        """Distances, radial and angular factors, in the precision of the positions."""
         vector = graph.positions.index_select(0, graph.target) - graph.partition.gather_sources(graph.positions).wait()
         vector = vector - graph.shift
         distance = torch.linalg.vector_norm(vector, dim=-1)
@@ -190,7 +193,7 @@ class Embedding(nn.Module):
         if self.angles == "detached":
             direction = direction.detach()
         angular = path_harmonics(direction, graph, self.num_spherical)
-        return EdgeBasis(self.radial_basis(distance), self.bessel_basis(distance), angular)
+        return Geometry(distance, self.bessel_basis(distance), angular)
 
 
 class Block(nn.Module):
@@ -219,9 +222,11 @@ class Readout(nn.Module):
 class DimeNetPlusPlus(EnergyModel):
     """DimeNet++: `model(graph) -> Prediction`, for graphs that list their leaving edges."""
 
+    State = State
+
     def __init__(self, config: DimeNetConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = Embedding(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
+        self.blocks = Blocks(Block(config) for _ in range(config.num_blocks))
         self.readout = Readout()

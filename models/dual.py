@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -64,20 +65,48 @@ def with_tangents(
 
 def dual_energies(model: EnergyModel, graph: ExtendedGraph, displacement: Tensor) -> tuple[Tensor, Tensor]:
     """(B,) energies and (B,) their derivatives along `displacement` (V, 3), both differentiable in the parameters."""
-    first, *others, readout = model.layers
+    first, *others, _ = model.layers
+    state = dual_embedding(model, first, graph, displacement)
+    for layer in others:
+        state = dual_layer(model, layer, state, graph)
+    return dual_readout(model, state, graph)
+
+
+#: A State, and the derivative of each of its tensors; None where it has none.
+DualState = tuple[Any, Any]
+
+
+def dual_embedding(model: EnergyModel, first: nn.Module, graph: ExtendedGraph, displacement: Tensor) -> DualState:
+    """What a model's first layer makes of a graph whose atoms move along `displacement`."""
 
     def embed(positions: Tensor) -> Any:
         return inside(first)(replace(graph, positions=positions))
 
-    value, tangent = with_tangents(embed, graph.positions.detach(), displacement, partial(model.run, first))
-    for layer in others:
-        update = partial(_update, inside(layer), graph)
-        value, tangent = with_tangents(update, value, tangent, partial(model.run, layer))
+    return with_tangents(embed, graph.positions.detach(), displacement, partial(model.run, first))
+
+
+def dual_layer(model: EnergyModel, layer: nn.Module, state: DualState, graph: ExtendedGraph) -> DualState:
+    """What one of its blocks makes of a state."""
+    return with_tangents(partial(_update, inside(layer), graph), *state, partial(model.run, layer))
+
+
+def dual_readout(model: EnergyModel, state: DualState, graph: ExtendedGraph) -> tuple[Tensor, Tensor]:
+    """(B,) energies and (B,) their derivatives."""
 
     def energies(state: Any) -> Tensor:
-        return graph.partition.total(readout.atom_energies(state, graph)).squeeze(-1)
+        return graph.partition.total(model.readout.atom_energies(state, graph)).squeeze(-1)
 
-    return with_tangents(energies, value, tangent)
+    return with_tangents(energies, *state)
+
+
+def dual_geometry(model: EnergyModel, graph: ExtendedGraph, displacement: Tensor) -> DualState:
+    """What layers know from positions alone, along `displacement`; no parameter has a part in it."""
+
+    def geometry(positions: Tensor) -> Any:
+        return model.geometry(replace(graph, positions=positions))
+
+    with torch.no_grad():
+        return with_tangents(geometry, graph.positions.detach(), displacement)
 
 
 def _update(layer: nn.Module, graph: ExtendedGraph, state: Any) -> Any:

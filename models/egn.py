@@ -29,13 +29,14 @@ from egnscale.models.basis import GaussianBasis, polynomial_envelope
 from egnscale.models.forces import Prediction
 from egnscale.models.graph import ExtendedGraph, Pending, Triplets
 from egnscale.models.harmonics import circular_harmonics
-from egnscale.models.layered import LayeredModel
+from egnscale.models.layered import Blocks, LayeredModel
 from egnscale.models.layers import INV_SQRT_2, Dense
 
 
 class Geometry(NamedTuple):
-    """What no block changes."""
+    """What follows from positions alone."""
 
+    distance: Tensor  #: (E,) A
     direction: Tensor  #: (E, 3) unit vector from source to target
     fade: Tensor  #: (E, 1) 1 at distance zero, 0 at the cutoff
     size: Tensor  #: (B, 1) atoms of each system
@@ -152,21 +153,25 @@ class Embedding(nn.Module):
     def forward(self, graph: ExtendedGraph) -> State:
         sender, receiver = listed(graph)
         h = self.elements.index_select(0, graph.atomic_numbers - 1)
-        sources, positions = graph.partition.gather_sources(h), graph.partition.gather_sources(graph.positions)
-
-        vector = graph.positions.index_select(0, graph.target) - positions.wait() - graph.shift
-        distance = torch.linalg.vector_norm(vector, dim=-1)
-        direction = vector / distance[:, None]
-        fade = polynomial_envelope(distance / self.cutoff)[:, None]
-        size = graph.partition.total(torch.ones_like(graph.positions[:, :1])).clamp(min=1)
-
+        sources = graph.partition.gather_sources(h)
+        geometry = self.geometry(graph)
+        distance, direction, _, size = geometry
         targets = h.index_select(0, graph.target)
         m = self.of_edge(torch.cat([sources.wait(), targets, self.radial_basis(distance)], dim=-1))
         cosine = (direction.index_select(0, sender) * direction.index_select(0, receiver)).sum(-1)
         angle = circular_harmonics(cosine, self.num_spherical)
         t = self.of_triplet(torch.cat([angle, m.index_select(0, sender), m.index_select(0, receiver)], dim=-1))
         u = self.of_system(graph.partition.total(h) / size)
-        return State(u, h, m, t, Geometry(direction, fade, size))
+        return State(u, h, m, t, geometry)
+
+    def geometry(self, graph: ExtendedGraph) -> Geometry:
+        """Distances, directions and sizes, in the precision of the positions."""
+        positions = graph.partition.gather_sources(graph.positions).wait()
+        vector = graph.positions.index_select(0, graph.target) - positions - graph.shift
+        distance = torch.linalg.vector_norm(vector, dim=-1)
+        fade = polynomial_envelope(distance / self.cutoff)[:, None]
+        size = graph.partition.total(torch.ones_like(graph.positions[:, :1])).clamp(min=1)
+        return Geometry(distance, vector / distance[:, None], fade, size)
 
 
 class Readout(nn.Module):
@@ -178,7 +183,7 @@ class Readout(nn.Module):
         self.force = nn.Sequential(mlp(edge, edge), Dense(edge, 1))
 
     def forward(self, state: State, graph: ExtendedGraph) -> Prediction:
-        u, h, m, _, (direction, fade, _) = state
+        u, h, m, _, (_, direction, fade, _) = state
         energy = self.energy(torch.cat([h, u.index_select(0, graph.system)], dim=-1))
         forces = graph.partition.aggregate(self.force(m) * fade * direction)
         return Prediction(graph.partition.total(energy.to(direction.dtype)).squeeze(-1), forces)
@@ -195,6 +200,8 @@ class EGN(LayeredModel):
         num_elements: atomic numbers 1..num_elements can be embedded.
         cutoff: A, the one that the graph was built with.
     """
+
+    State = State
 
     def __init__(
         self,
@@ -214,7 +221,7 @@ class EGN(LayeredModel):
             node=node, edge=edge, triplet=triplet, glob=glob, num_radial=num_radial, num_spherical=num_spherical,
             num_elements=num_elements, cutoff=cutoff,
         )  # fmt: skip
-        self.blocks = nn.ModuleList(
+        self.blocks = Blocks(
             EGNBlock(node=node, edge=edge, triplet=triplet, glob=glob) for _ in range(num_blocks)
         )
         self.readout = Readout(node=node, edge=edge, glob=glob)

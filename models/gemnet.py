@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from egnscale.models.basis import RADIAL_BASES
 from egnscale.models.forces import EnergyModel, Forces, Prediction
 from egnscale.models.graph import ExtendedGraph, Pending
+from egnscale.models.layered import Blocks
 from egnscale.models.layers import INV_SQRT_2, Dense, ScaleFactor, he_orthogonal_, residuals, scaled_silu
 from egnscale.models.remake import cheap
 from egnscale.models.segments import segment_sum_backend
@@ -337,9 +338,11 @@ class Readout(nn.Module):
 class GemNetT(EnergyModel):
     """GemNet-T: `model(graph) -> Prediction`, with the kind of forces that its configuration says."""
 
+    State = State
+
     def __init__(self, config: GemNetConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = Embedding(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
+        self.blocks = Blocks(Block(config) for _ in range(config.num_blocks))
         self.readout = Readout(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -33,14 +33,23 @@ def modules_by_name(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from inside(module).named_modules(prefix=name)
 
 
+class Blocks(nn.ModuleList):
+    """The layers between the first and the last."""
+
+
 class LayeredModel(nn.Module):
     """`[Embedding, Block, ..., Block, Readout]`: the first takes the graph, the others (State, graph).
 
-    A State is a NamedTuple of tensors and of further tuples.
+    A State is a NamedTuple of tensors and of further tuples. What follows from positions alone is in its field
+    `geometry`, which `embedding.geometry(graph)` makes without parameters: it need not travel from one process to
+    another.
     """
 
+    #: The class of its states.
+    State: ClassVar[type[Any]]
+
     embedding: nn.Module
-    blocks: nn.ModuleList
+    blocks: Blocks
     readout: Any
 
     #: Context in which what is cheap to make again (`cheap`) is not kept for the backward pass.
@@ -56,6 +65,10 @@ class LayeredModel(nn.Module):
     def layers(self) -> list[Any]:
         """The model as a list: the first takes the graph, the others (State, graph)."""
         return [self.embedding, *self.blocks, self.readout]
+
+    def geometry(self, graph: ExtendedGraph) -> Any:
+        """What layers know from positions alone."""
+        return inside(self.embedding).geometry(graph)
 
     def state(self, graph: ExtendedGraph) -> Any:
         """What the readout sees."""

@@ -38,13 +38,20 @@ def fit_scale_factors(
     Raises:
         ValueError: if a variance is zero or not finite, naming the factor.
     """
+    return fit_layers(model, model.layers, [(graph,) for graph in graphs], reduce)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def fit_layers(
+    model: nn.Module, layers: Sequence[nn.Module], inputs: Sequence[tuple], reduce: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """The same for some layers in a row, given what the first of them takes of each batch."""
     names = {module: name for name, module in modules_by_name(model)}
     factors: dict[str, float] = {}
-    inputs: list[tuple] = [(graph,) for graph in graphs]
-    for layer in model.layers:  # type: ignore[union-attr]
+    for layer in layers:
         for factor in _in_execution_order(layer, inputs[0]):
             factors[names[factor]] = _fit(factor, names[factor], layer, inputs, reduce)
-        inputs = [(call(layer, inside(layer), *args), graph) for args, graph in zip(inputs, graphs, strict=True)]
+        inputs = [(call(layer, inside(layer), *args), args[-1]) for args in inputs]
     return factors
 
 

@@ -173,7 +173,7 @@ def once(action: Callable[[], Any]) -> None:
 
 
 @contextmanager
-def sharded_layers(ds_config: dict[str, Any], model: type[nn.Module]) -> Iterator[None]:
+def sharded_layers(ds_config: dict[str, Any], *holders: type[nn.Module]) -> Iterator[None]:
     """Within, a model is built for ZeRO-3 layer by layer: never is more than one of its layers whole.
 
     A layer's parameters are shared out among the ranks as soon as it is part of the model, or of a list of layers.
@@ -182,7 +182,7 @@ def sharded_layers(ds_config: dict[str, Any], model: type[nn.Module]) -> Iterato
 
     Args:
         ds_config: the complete DeepSpeed configuration.
-        model: class of what holds layers.
+        holders: classes of what holds layers.
     """
     precisions = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = next((dtype for key, dtype in precisions.items() if ds_config.get(key, {}).get("enabled")), torch.float32)
@@ -191,7 +191,7 @@ def sharded_layers(ds_config: dict[str, Any], model: type[nn.Module]) -> Iterato
 
     def share(parent: nn.Module, name: str, layer: nn.Module | None) -> None:
         nonlocal swapper
-        if layer is None or not isinstance(parent, (model, nn.ModuleList)):
+        if layer is None or not isinstance(parent, holders):
             return
         whole = [parameter for parameter in layer.parameters() if not hasattr(parameter, "ds_id")]
         for parameter in whole:
@@ -218,17 +218,27 @@ class Engine:
     """`deepspeed.initialize`, and what a rank holds of each parameter under each ZeRO stage.
 
     Args:
-        module: computes the loss: `module(*args)` is what `engine(*args)` returns.
+        module: computes the loss: `module(*args)` is what `engine(*args)` returns. Parameters on the meta device are
+            another stage's.
         optimizer: over the module's parameters.
         ds_config: a complete DeepSpeed configuration (`egnscale.scaling.ds_config`).
         world: this process.
+        wrapped: what DeepSpeed gets in place of the module.
+        share: this rank among those that share its parameters' states, and how many they are; None: all of the world.
 
     Raises:
         ValueError: for a configuration whose state could not be saved.
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], world: World
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ds_config: dict[str, Any],
+        world: World,
+        *,
+        wrapped: nn.Module | None = None,
+        share: tuple[int, int] | None = None,
     ) -> None:
         offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
         if offload.get("ratio", 1.0) != 1.0:
@@ -238,10 +248,12 @@ class Engine:
             )
         self.world = world
         self.module = module
-        self._trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._share = share or (world.rank, world.size)
+        self._shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
+        self._trainable = {name: p for name, p in module.named_parameters() if p.requires_grad and not p.is_meta}
         self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self._engine, *_ = deepspeed.initialize(
-            model=module.to(world.device), optimizer=optimizer, config=ds_config, dist_init_required=False
+            model=wrapped or module.to(world.device), optimizer=optimizer, config=ds_config, dist_init_required=False
         )
         if self.zero_stage == 0 and hasattr(self._engine.optimizer, "fp32_groups"):
             # bf16 without ZeRO: DeepSpeed makes the optimizer's state by a step without gradients, which counts as a
@@ -366,6 +378,8 @@ class Engine:
 
     def _write_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         for name, whole in weights:
+            if name not in self._trainable:
+                continue
             part = whole
             if self.zero_stage == 3:
                 shard: Tensor = self._trainable[name].ds_tensor  # type: ignore[attr-defined]
@@ -422,7 +436,7 @@ class Engine:
     @cached_property
     def _pieces(self) -> dict[str, Piece]:
         """Where this rank keeps its piece of each trainable parameter's training state."""
-        optimizer, rank = self._engine.optimizer, self.world.rank
+        optimizer, rank = self._engine.optimizer, self._share[0]
         found: dict[int, Piece] = {}
         trainable = self._trainable
         if self.zero_stage == 0:
@@ -446,7 +460,10 @@ class Engine:
                 shape: torch.Size = p.ds_shape  # type: ignore[attr-defined]
                 count = max(0, min(size, shape.numel() - rank * size))
                 found[id(p)] = Piece(shape, masters_of[group], at, rank * size, count)
-        return {name: found[id(p)] for name, p in trainable.items()}
+        pieces = {name: found[id(p)] for name, p in trainable.items()}
+        # Of another stage's parameters there is nothing here; all ranks list the same names in the same order.
+        nothing = torch.empty(0, device=self.world.device)
+        return {name: pieces.get(name, Piece(shape, nothing, 0, 0, 0)) for name, shape in self._shapes.items()}
 
     def _flat_groups(self) -> Iterator[tuple[list[nn.Parameter], list[int], Tensor]]:
         """Of ZeRO-1 and -2's groups: parameters, their offsets in the flattened group, this rank's fp32 part of it."""

@@ -90,6 +90,14 @@ class ParallelLayout:
             for graph in range(self.graph)
         ]
 
+    def pipe_groups(self) -> list[tuple[int, ...]]:
+        """The stages of one pipeline: ranks that hold the same part of the same graph."""
+        return [
+            tuple(self.rank(pipe, data, graph) for pipe in range(self.pipe))
+            for data in range(self.data)
+            for graph in range(self.graph)
+        ]
+
     def __str__(self) -> str:
         ranks = f"{self.size} rank{'s' * (self.size != 1)}"
         return f"pipe {self.pipe} x data {self.data} x graph {self.graph} = {ranks}"
@@ -119,6 +127,7 @@ class Mesh:
     device: torch.device
     data_group: dist.ProcessGroup | None  #: None: this replica is alone
     graph_group: GraphGroup | None  #: None: every rank has whole graphs
+    pipe_group: dist.ProcessGroup | None = None  #: None: every rank has all layers
 
     @classmethod
     def of_world(cls, device: torch.device, *, graph: int = 1, pipe: int = 1) -> Mesh:
@@ -129,7 +138,7 @@ class Mesh:
         """
         layout = ParallelLayout.of_world(dist.get_world_size(), graph=graph, pipe=pipe)
         rank = dist.get_rank()
-        data_group, graph_group = None, None
+        data_group, graph_group, pipe_group = None, None, None
         # Every rank takes part in making every group, its own or not.
         if layout.data > 1:
             for ranks in layout.data_groups():
@@ -140,7 +149,15 @@ class Mesh:
                 group, control = dist.new_group(list(ranks)), dist.new_group(list(ranks), backend="gloo")
                 if rank in ranks:
                     graph_group = GraphGroup(ranks, ranks.index(rank), group, control)
-        return cls(layout, rank, device, data_group, graph_group)
+        if layout.pipe > 1:
+            for ranks in layout.pipe_groups():
+                group = dist.new_group(list(ranks))
+                pipe_group = group if rank in ranks else pipe_group
+        return cls(layout, rank, device, data_group, graph_group, pipe_group)
+
+    @property
+    def stage(self) -> int:
+        return self.layout.place(self.rank)[0]
 
     @property
     def data_rank(self) -> int:
@@ -155,6 +172,13 @@ class Mesh:
         x = x.clone()
         if self.data_group is not None:
             dist.all_reduce(x, group=self.data_group)
+        return x
+
+    def sum_over_stages(self, x: Tensor) -> Tensor:
+        """Sum over the stages of this pipeline."""
+        x = x.clone()
+        if self.pipe_group is not None:
+            dist.all_reduce(x, group=self.pipe_group)
         return x
 
     def place(self, graph: ExtendedGraph) -> ExtendedGraph:

@@ -149,6 +149,7 @@ def read_state(
         pieces: by parameter.
         optimizer: whose parameters are the pieces' holders.
         weights: what the module computes with: whole parameters, or (`weights_sharded`) the pieces, perhaps padded.
+            Parameters that are not among them are another stage's.
         buffers: of the module.
 
     Returns:
@@ -159,6 +160,8 @@ def read_state(
     """
     saved = _Saved(directory / DIRECTORY, {name: tuple(piece.shape) for name, piece in pieces.items()})
     for name, keys, read in saved.parameters():
+        if name not in weights:
+            continue  # another stage's
         piece, weight = pieces[name], weights[name].view(-1)
         stop = piece.start + piece.count
         if weights_sharded:
@@ -198,7 +201,8 @@ def _collect(
     here = {MASTER: piece.holder, **piece.state(optimizer)}
     whole = torch.zeros(len(keys), piece.shape.numel(), device=device)
     for row, key in zip(whole, keys, strict=True):
-        row[piece.start : piece.start + piece.count].copy_(piece.of(here[key]))
+        if piece.count:
+            row[piece.start : piece.start + piece.count].copy_(piece.of(here[key]))
     if sharded and dist.get_world_size() > 1:
         # An element comes from one rank and the others add zero; summed as integers, its bits stay as they are.
         dist.reduce(whole.view(torch.int32), writer)

@@ -14,7 +14,7 @@ from spawn import spawn
 
 from egnscale.launch.weights import open_weights
 from egnscale.models import build_model
-from egnscale.models.layered import LayeredModel
+from egnscale.models.layered import Blocks, LayeredModel
 from egnscale.scaling.ds_config import complete_ds_config, read_ds_config
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -46,7 +46,7 @@ def build(world: Any, model: str, precision: Any, file: str) -> dict[str, Any]:
 
     init, engine_module.deepspeed.zero.Init = engine_module.deepspeed.zero.Init, Watched
     try:
-        with sharded_layers(config, LayeredModel):
+        with sharded_layers(config, LayeredModel, Blocks):
             module = built(model)
     finally:
         engine_module.deepspeed.zero.Init = init

@@ -77,7 +77,7 @@ def test_the_seven_functions_are_called_in_order(monkeypatch: pytest.MonkeyPatch
 
 def row_by_row(block: EGNBlock, state: State, graph: ExtendedGraph) -> State:
     """The block without verbs: one triplet, one edge, one atom, one system at a time."""
-    u, h, m, t, (_, fade, size) = state
+    u, h, m, t, (_, _, fade, size) = state
     half = 0.5**0.5
     source, target, system = (x.tolist() for x in (graph.source, graph.target, graph.system))
     triplets = [(c, b) for b in range(len(m)) for c in range(len(m)) if b != c and target[b] == target[c]]

@@ -1,0 +1,282 @@
+"""DeepSpeed's pipeline engine, and what it does not offer: passes of one's own on its 1F1B schedule.
+
+A pass sends micro-batches through the stages. `train` is DeepSpeed's own forward and backward; `differentiate` goes
+forward and back to something that every stage reads (positions), without touching a parameter's gradient; `forward`
+only goes forward. Each calls `compute(number, arrived)`, which runs this rank's layers on micro-batch `number`.
+
+What a stage computes with besides what arrives, every rank has from its own loader: graphs do not travel. Each message
+says which micro-batch it belongs to, and its mark is compared with the receiver's.
+
+This module leans on private names of DeepSpeed (`_PRIVATE`), which were read in 0.19; `check_deepspeed` looks for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe import schedule as instructions
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor, nn
+
+from egnscale.scaling.engine import Engine, World
+from egnscale.scaling.packing import pack, read_entries, unpack, write_entries
+
+#: What a stage makes of micro-batch `number`: what it sends on, or, on the last stage, the number to go back from (or
+#: nothing, if nobody goes back). `arrived` is None on the first stage.
+Compute = Callable[[int, Sequence[Tensor | None] | None], Any]
+
+_PRIVATE = (
+    *("_exec_schedule", "_exec_optimizer_step", "_INSTRUCTION_MAP", "_allocate_or_extend_buffers"),
+    *("_exec_forward_pass", "_exec_backward_pass", "_exec_send_grads", "_exec_recv_grads", "set_dataiterator"),
+)
+_COMPUTING = (instructions.ForwardPass, instructions.BackwardPass)
+
+
+def check_deepspeed() -> None:
+    """Raises ValueError if this DeepSpeed lacks a private name that pipelines need."""
+    missing = [name for name in _PRIVATE if not hasattr(PipelineEngine, name)]
+    missing += [name for name in ("TrainSchedule", "InferenceSchedule") if not hasattr(instructions, name)]
+    if missing:
+        raise ValueError(
+            f"parallel.pipe needs DeepSpeed 0.19 and was not made for {deepspeed.__version__}, which lacks "
+            f"{', '.join(missing)}; install deepspeed==0.19.*, or set parallel.pipe to 1"
+        )
+
+
+@dataclass
+class StageTimes:
+    """Seconds that a stage has computed, and those of the passes as a whole: the rest is waiting and sending."""
+
+    computing: float = 0.0
+    total: float = 0.0
+    _events: list[tuple[Any, Any, bool]] = field(default_factory=list)
+
+    @contextmanager
+    def measure(self, device: torch.device, *, computing: bool) -> Iterator[None]:
+        """On a GPU by its own clock, which is read by `settle`."""
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end, computing))
+            return
+        started = time.perf_counter()
+        yield
+        self._add(time.perf_counter() - started, computing=computing)
+
+    def settle(self) -> None:
+        for begin, end, computing in self._events:
+            end.synchronize()
+            self._add(begin.elapsed_time(end) / 1000, computing=computing)
+        self._events.clear()
+
+    def _add(self, seconds: float, *, computing: bool) -> None:
+        if computing:
+            self.computing += seconds
+        else:
+            self.total += seconds
+
+
+class _Body(nn.Module):
+    """This rank's layers, as the one layer of its stage that DeepSpeed sees."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.compute: Callable[[Any], Any] | None = None
+
+    def forward(self, inputs: Any) -> Any:
+        assert self.compute is not None
+        return self.compute(inputs)
+
+
+class Pipeline(Engine):
+    """A stage of a pipeline, and of its optimizer.
+
+    Args:
+        module: holds the parameters of the whole model; those of other stages are on the meta device.
+        layers: of this stage.
+        optimizer: over their parameters.
+        ds_config: a complete DeepSpeed configuration, with as many gradient accumulation steps as micro-batches.
+        world: this process.
+        stages: how many there are; ranks of a stage are consecutive.
+
+    Raises:
+        ValueError: for a DeepSpeed that lacks what this needs.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Sequence[nn.Module],
+        optimizer: torch.optim.Optimizer,
+        ds_config: dict[str, Any],
+        world: World,
+        stages: int,
+    ) -> None:
+        check_deepspeed()
+        ranks = world.size // stages
+        self.stages, self.stage = stages, world.rank // ranks
+        self.times = StageTimes()
+        self._body = _Body(layers)
+        whole: list[nn.Module] = [nn.Identity() for _ in range(stages)]
+        whole[self.stage] = self._body
+        module._apply(lambda x: x if x.is_meta else x.to(world.device))
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints how it cuts what has been cut
+            pipe = PipelineModule(whole, num_stages=stages, partition_method="uniform", dynamic_shape=True)
+            super().__init__(
+                module, optimizer, ds_config, world, wrapped=pipe, share=(world.rank % ranks, ranks)
+            )
+        self._marks: Sequence[int] = ()
+
+    @property
+    def first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        return self.stage == self.stages - 1
+
+    # Passes
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def forward_backward(self, compute: Compute, marks: Sequence[int]) -> None:
+        """Forward and backward for every micro-batch, and the reduction of gradients; `step` follows. Collective.
+
+        Args:
+            compute: on the last stage, gives the loss.
+            marks: an integer for each micro-batch, the same on all ranks that work on it.
+        """
+        self._engine.total_loss = None
+        self._engine.total_additional_losses = None
+        self._engine._compute_loss = True
+        whole = instructions.TrainSchedule(len(marks), self.stages, self.stage)
+        self._run(whole, compute, marks, without=(instructions.OptimizerStep,))
+
+    def step(self) -> bool:
+        self._engine._exec_optimizer_step()
+        return True
+
+    @torch.no_grad()
+    def forward(self, compute: Compute, marks: Sequence[int]) -> None:
+        """Forward for every micro-batch, without gradients. Collective."""
+        schedule = instructions.InferenceSchedule(len(marks), self.stages, self.stage)
+
+        def forward(engine: Any, buffer_id: int) -> None:
+            engine.pipe_buffers["outputs"][buffer_id] = self._compute(compute, engine.pipe_buffers["inputs"][buffer_id])
+
+        self._run(schedule, compute, marks, instead={instructions.ForwardPass: forward})
+
+    def differentiate(self, compute: Compute, of: Callable[[int], Tensor], marks: Sequence[int]) -> list[Tensor]:
+        """Forward for every micro-batch, and back to what each stage reads by itself. Collective.
+
+        Args:
+            compute: on the last stage, gives the number to differentiate.
+            of: what to differentiate it in, given the micro-batch; asked for once that has been computed.
+
+        Returns:
+            of every micro-batch the derivative through this stage's reading of it: their sum over stages is the whole.
+        """
+        found: dict[int, Tensor] = {}
+        numbers: dict[int, int] = {}
+
+        def forward(engine: Any, buffer_id: int) -> None:
+            inputs = engine.pipe_buffers["inputs"][buffer_id]
+            numbers[buffer_id] = self._number_of(inputs)
+            engine.pipe_buffers["outputs"][buffer_id] = self._compute(compute, inputs)
+
+        def backward(engine: Any, buffer_id: int) -> None:
+            number, buffers = numbers.pop(buffer_id), engine.pipe_buffers
+            inputs, outputs = buffers["inputs"][buffer_id], buffers["outputs"][buffer_id]
+            result, seed = (outputs, None) if self.last else (outputs[0], engine.grad_layer[0])
+            arrived = [] if self.first else [inputs[0]]
+            mine, *before = torch.autograd.grad(
+                result, [of(number), *arrived], seed, allow_unused=True, materialize_grads=True
+            )
+            found[number] = mine
+            for x, gradient in zip(arrived, before, strict=True):
+                x.grad = gradient
+            buffers["outputs"][buffer_id] = None
+
+        with torch.enable_grad():
+            self._run(
+                instructions.TrainSchedule(len(marks), self.stages, self.stage),
+                compute,
+                marks,
+                without=(instructions.OptimizerStep, instructions.ReduceGrads, instructions.ReduceTiedGrads),
+                instead={instructions.ForwardPass: forward, instructions.BackwardPass: backward},
+            )
+        return [found[number] for number in range(len(marks))]
+
+    def _run(
+        self,
+        schedule: Any,
+        compute: Compute,
+        marks: Sequence[int],
+        *,
+        without: tuple[type, ...] = (),
+        instead: dict[type, Callable[..., None]] | None = None,
+    ) -> None:
+        """Carry out a schedule of DeepSpeed's with some of its instructions left out, and some done otherwise."""
+        engine, steps = self._engine, schedule.steps
+        schedule.steps = lambda: ([one for one in step if not isinstance(one, without)] for step in steps())
+        table = {**type(engine)._INSTRUCTION_MAP, **(instead or {})}
+        engine._INSTRUCTION_MAP = {kind: self._timed(kind, function) for kind, function in table.items()}
+        engine.set_dataiterator(iter([(torch.tensor(number), torch.tensor(number)) for number in range(len(marks))]))
+        self._marks = marks
+        self._body.compute = lambda inputs: self._compute(compute, inputs)
+        try:
+            with self.times.measure(self.world.device, computing=False):
+                engine._exec_schedule(schedule)
+        finally:
+            del engine._INSTRUCTION_MAP
+            self._body.compute = None
+            for buffers in engine.pipe_buffers.values():
+                buffers[:] = [None] * len(buffers)
+
+    def _timed(self, kind: type, function: Callable[..., None]) -> Callable[..., None]:
+        if kind not in _COMPUTING:
+            return function
+
+        def timed(engine: Any, buffer_id: int) -> None:
+            with self.times.measure(self.world.device, computing=True):
+                function(engine, buffer_id)
+
+        return timed
+
+    # Messages: a flat tensor, and integers: the micro-batch's number, its mark, what the flat tensor holds
+
+    def _number_of(self, inputs: Any) -> int:
+        return int(inputs if self.first else inputs[1][0])
+
+    def _compute(self, compute: Compute, inputs: Any) -> Any:
+        arrived = None
+        if self.first:
+            number = int(inputs)
+        else:
+            flat, header = inputs
+            number, mark, *entries = header.tolist()
+            if mark != self._marks[number]:
+                raise ValueError(
+                    f"stage {self.stage} has another micro-batch {number} than stage {self.stage - 1}: marks are "
+                    f"{self._marks[number]} and {mark}; do all ranks read the same data?"
+                )
+            arrived = unpack(flat, read_entries(entries))
+        result = compute(number, arrived)
+        if self.last:
+            return result
+        flat, sent = pack(result)
+        header = torch.tensor([number, self._marks[number], *write_entries(sent)], device=self.world.device)
+        return flat, header
