@@ -1,8 +1,9 @@
 """Which structures each data-parallel replica reads at each step, so that all have the same amount of work.
 
-Structures of OC20 have from a few hundred to many thousand edges, and a step takes as long as its slowest replica.
-Each step's structures are therefore drawn together for all replicas and dealt out by size. Every replica computes the
-same deal from the same seed: nothing is communicated.
+Structures of OC20 have from a few hundred to many thousand edges, and a step takes as long as its slowest replica; in a
+pipeline, every stage waits for the slowest micro-batch. Each optimizer step's structures are therefore drawn together
+for all replicas and micro-batches and dealt out by size. Every replica computes the same deal from the same seed:
+nothing is communicated.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch.utils.data import Sampler
 class BalancedBatchSampler(Sampler[list[int]]):
     """Batches of indices, for `DataLoader(batch_sampler=...)`; the same for the same (seed, epoch).
 
-    Each step takes the next batch_size * num_replicas indices of the epoch's permutation and deals them out, so that
-    the replicas' summed sizes are close. Counts may differ between replicas, by design.
+    Each optimizer step takes the next batch_size * num_replicas * accumulation indices of the epoch's permutation and
+    deals them out, so that the summed sizes of all its batches are close. Counts may differ, by design. Which
+    structures make up a step does not depend on how many replicas share them, as long as their product stays.
 
     No structure is ever repeated. At the end of an epoch a smaller step is left over:
     * for training (`shuffle=True`) it is dealt out if every replica gets a structure of it; a remainder smaller than
@@ -39,6 +41,8 @@ class BalancedBatchSampler(Sampler[list[int]]):
         shuffle: a new permutation every epoch; False reads in order.
         drop_last: drop the smaller last step.
         start: (epoch, batch) to begin with.
+        accumulation: batches of an optimizer step, which are dealt together. Steps go on across epochs, and are counted
+            from batch 0 of epoch 0; the two parts of one that an epoch's end cuts are dealt each by itself.
 
     Raises:
         ValueError: for arguments out of range, and where there is nothing to train on.
@@ -54,6 +58,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         shuffle: bool = True,
         drop_last: bool = False,
         start: tuple[int, int] = (0, 0),
+        accumulation: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -67,6 +72,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         self.rank = rank
         self.seed = seed
         self.shuffle = shuffle
+        self.accumulation = accumulation
         whole, rest = divmod(len(self.sizes), batch_size * num_replicas)
         keep_rest = rest > 0 and not drop_last and (rest >= num_replicas or not shuffle)
         self._batches = whole + keep_rest
@@ -90,26 +96,44 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order(self.epoch)
-        for step in range(self.batch, len(self)):
-            yield self._deal(order, step)[self.rank].tolist()
+        for begin, end in self._steps(self.batch):
+            dealt = self._deal(order, begin, end)
+            for batch in range(max(begin, self.batch), end):
+                yield dealt[(batch - begin) * self.num_replicas + self.rank].tolist()
 
     def imbalance(self, max_steps: int | None = None) -> float:
         """Largest over mean summed size of the replicas, averaged over the steps of the current epoch; 1 is perfect.
 
         Steps without any size are left out; 1 if nothing remains.
         """
-        order = self._order(self.epoch)
         steps = len(self) if max_steps is None else min(max_steps, len(self))
-        loads = np.array([[self.sizes[part].sum() for part in self._deal(order, step)] for step in range(steps)])
+        loads = np.array([[self.sizes[part].sum() for part in parts] for parts in self._of_replicas(steps)])
         loads = loads.reshape(steps, self.num_replicas).astype(np.float64)
         loads = loads[loads.sum(1) > 0]
         return float((loads.max(1) / loads.mean(1)).mean()) if len(loads) else 1.0
 
-    def largest(self, weights: np.ndarray, max_steps: int) -> list[int]:
-        """Indices of the batch, of any replica, whose weights sum to most, among the first steps of the epoch."""
-        order = self._order(self.epoch)
-        dealt = (part for step in range(min(len(self), max_steps)) for part in self._deal(order, step))
+    def largest(self, weights: np.ndarray, max_batches: int) -> list[int]:
+        """Indices of the batch, of any replica, whose weights sum to most, among the first batches of the epoch."""
+        dealt = (part for parts in self._of_replicas(min(len(self), max_batches)) for part in parts)
         return max(dealt, key=lambda part: int(weights[part].sum())).tolist()
+
+    def _of_replicas(self, batches: int) -> Iterator[list[np.ndarray]]:
+        """What each replica gets, for the first batches of the epoch."""
+        order = self._order(self.epoch)
+        for begin, end in self._steps():
+            if begin >= batches:
+                return
+            dealt = self._deal(order, begin, end)
+            for batch in range(begin, min(end, batches)):
+                first = (batch - begin) * self.num_replicas
+                yield dealt[first : first + self.num_replicas]
+
+    def _steps(self, batch: int = 0) -> Iterator[tuple[int, int]]:
+        """(first, last + 1) of each optimizer step's batches in this epoch, from the step that a batch belongs to."""
+        begin = batch - (self.epoch * len(self) + batch) % self.accumulation
+        while begin < len(self):
+            yield max(begin, 0), min(begin + self.accumulation, len(self))
+            begin += self.accumulation
 
     def _order(self, epoch: int) -> np.ndarray:
         """(structures,) the epoch's permutation; 32 bits where they suffice, since OC20 has 134 million structures."""
@@ -118,11 +142,11 @@ class BalancedBatchSampler(Sampler[list[int]]):
             np.random.default_rng((self.seed, epoch)).shuffle(order)
         return order
 
-    def _deal(self, order: np.ndarray, step: int) -> list[np.ndarray]:
-        """One step's indices of every replica."""
+    def _deal(self, order: np.ndarray, begin: int, end: int) -> list[np.ndarray]:
+        """Indices of batches begin..end - 1, which belong to one optimizer step, of every replica: batch by batch."""
         together = self.batch_size * self.num_replicas
-        indices = order[step * together : (step + 1) * together]
-        return [indices[part] for part in deal(self.sizes[indices], self.num_replicas)]
+        indices = order[begin * together : end * together]
+        return [indices[part] for part in deal(self.sizes[indices], self.num_replicas * (end - begin))]
 
 
 def deal(sizes: np.ndarray, bins: int) -> list[np.ndarray]:

@@ -29,6 +29,7 @@ from pydantic import (
 
 from egnscale.launch.config_file import apply_overrides, explain, known_keys, read_mapping
 from egnscale.scaling.combinations import Offload, Precision, Recompute, SecondOrder
+from egnscale.scaling.stages import Cut
 
 #: Names that OC20's YAMLs and other programs use for what has another name, or another place, here.
 _ELSEWHERE = {
@@ -432,7 +433,14 @@ class ParallelConfig(_Section):
     """`parallel`: how the run is spread."""
 
     graph: Size = Field(default=1, description="ranks that share each graph; consecutive ones, of one node if they fit")
-    pipe: Size = Field(default=1, description="pipeline stages")
+    pipe: Size = Field(
+        default=1, description="pipeline stages; a step's micro-batches (optim.gradient_accumulation) go through them"
+    )
+    stage_cut: Cut = Field(
+        default="cost",
+        description="what the heaviest stage has as little of as can be: cost (foretold time), parameters, or uniform "
+        "(layers)",
+    )
     zero: Annotated[Whole, Field(ge=0, le=3)] = Field(default=0, description="DeepSpeed's ZeRO stage, 0..3")
     recompute: Recompute = Field(
         default="none",
@@ -455,13 +463,6 @@ class ParallelConfig(_Section):
     deepspeed: str | None = Field(
         default=None, description="name of a preset in ds_configs or path of a DeepSpeed JSON"
     )
-
-    @field_validator("pipe")
-    @classmethod
-    def _one_stage(cls, value: int) -> int:
-        if value > 1:
-            raise ValueError("values above 1 are not available in this version")
-        return value
 
 
 class RunConfig(_Section):

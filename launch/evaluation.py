@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,11 +15,13 @@ from egnscale.launch.relaxation_metrics import IS2REMetrics
 from egnscale.launch.tasks import Normalizer
 from egnscale.models import ExtendedGraph, Prediction
 
+#: Predictions of several graphs, in normalised units.
+Predict = Callable[[Sequence[ExtendedGraph]], Sequence[Prediction]]
 OfBatch = Callable[[Prediction, ExtendedGraph, AtomBatch], None]
 
 
 def evaluate_s2ef(
-    predict: Callable[[ExtendedGraph], Prediction],
+    predict: Predict,
     batches: Iterable[tuple[ExtendedGraph, AtomBatch]],
     normalizer: Normalizer,
     device: torch.device,
@@ -48,7 +50,7 @@ def evaluate_s2ef(
 
 
 def evaluate_is2re(
-    predict: Callable[[ExtendedGraph], Prediction],
+    predict: Predict,
     batches: Iterable[tuple[ExtendedGraph, AtomBatch]],
     normalizer: Normalizer,
     device: torch.device,
@@ -73,7 +75,7 @@ def evaluate_is2re(
 
 @torch.no_grad()
 def _evaluate(
-    predict: Callable[[ExtendedGraph], Prediction],
+    predict: Predict,
     batches: Iterable[tuple[ExtendedGraph, AtomBatch]],
     normalizer: Normalizer,
     device: torch.device,
@@ -82,6 +84,7 @@ def _evaluate(
     *,
     place: Callable[[ExtendedGraph], ExtendedGraph] | None = None,
     max_batches: int | None = None,
+    at_once: int = 1,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
     record: OfBatch = lambda prediction, graph, batch: None,
     observe: Callable[[AtomBatch], None] = lambda batch: None,
@@ -92,19 +95,23 @@ def _evaluate(
         add: gives the metrics a batch: called with (prediction in eV and eV/A, graph, batch).
         place: puts a graph on the device (`Mesh.place`; None: that is all).
         max_batches: stop after so many (None: all).
+        at_once: graphs that are given to `predict` together.
         reduce: sums accumulators over replicas.
         record: called as `add` is.
         observe: called after each batch, for progress.
     """
     bad = ""
-    for graph, batch in islice(batches, max_batches):
-        graph, batch = place(graph) if place else graph.to(device), batch.to(device)
-        prediction = normalizer.physical(predict(graph))
-        if not bad:
-            bad = ", ".join(non_finite(prediction, graph, batch)[:3])
-        add(prediction, graph, batch)
-        record(prediction, graph, batch)
-        observe(batch)
+    batches = islice(batches, max_batches)
+    while some := list(islice(batches, at_once)):
+        placed = [(place(graph) if place else graph.to(device), batch.to(device)) for graph, batch in some]
+        predictions = predict([graph for graph, _ in placed])
+        for (graph, batch), normalised in zip(placed, predictions, strict=True):
+            prediction = normalizer.physical(normalised)
+            if not bad:
+                bad = ", ".join(non_finite(prediction, graph, batch)[:3])
+            add(prediction, graph, batch)
+            record(prediction, graph, batch)
+            observe(batch)
     sums = metrics.tensor().to(device)
     # Every replica learns that one failed, so that none waits for it in a later collective.
     sums = reduce(torch.cat([sums, sums.new_tensor([float(bool(bad))])]))

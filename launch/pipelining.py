@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
     """What became of it."""
 
     loss: Tensor  #: on every stage
-    prediction: Prediction | None  #: where it is known: on the last stage, and on all of them where forces are derivatives
+    prediction: Prediction | None  #: on the last stage; on all of them where forces are derivatives
 
 
 class StagedModel:
@@ -118,7 +118,7 @@ class StagedModel:
         return self._shared(graphs, [found.get(number) for number in range(len(graphs))], forces=self.direct)
 
     def _conservative(self, graphs: Sequence[ExtendedGraph], marks: Sequence[int]) -> list[Prediction]:
-        """Energies, and forces as minus their derivative: each stage has its share of it, since each reads positions."""
+        """Energies, and forces as minus their derivative, of which each stage has its share: all read positions."""
         at, positions = zip(*(at_positions(graph) for graph in graphs), strict=True) if graphs else ((), ())
         energies: dict[int, Tensor] = {}
 

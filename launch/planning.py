@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from egnscale.launch.config import RunConfig
 from egnscale.launch.layer_watch import layer_names
 from egnscale.launch.loading import PartCollate, graph_spec, open_data, sizes_for_balance
 from egnscale.launch.run_files import read_trained, run_model
+from egnscale.launch.stage_costs import LayerCost, StageTrace, layer_costs, stage_bounds, trace_stage
 from egnscale.launch.tasks import IS2RE, S2EF, Normalizer
 from egnscale.models import AtomModelConfig, ExtendedGraph, build_model, count_parameters
 from egnscale.scaling.allocators import give_back_at_once
@@ -61,14 +62,23 @@ class Workload:
 
 
 def largest_batch(
-    store: Dataset, *, balance: str, batch_size: int, replicas: int, seed: int, micro_batches: int | None = None
+    store: Dataset,
+    *,
+    balance: str,
+    batch_size: int,
+    replicas: int,
+    seed: int,
+    accumulation: int = 1,
+    micro_batches: int | None = None,
 ) -> list[int]:
     """Indices of the micro-batch with the most edges among the first ones of an epoch, over all replicas.
 
     Args:
         micro_batches: of one replica, that the run goes through; None for all.
     """
-    sampler = BalancedBatchSampler(sizes_for_balance(store, balance), batch_size, replicas, seed=seed)
+    sampler = BalancedBatchSampler(
+        sizes_for_balance(store, balance), batch_size, replicas, seed=seed, accumulation=accumulation
+    )
     return sampler.largest(store.num_edges, min(SEARCHED, micro_batches or SEARCHED))
 
 
@@ -143,6 +153,20 @@ def _trace(
     return Traced(step, parameters, sent.bytes, sent.calls)
 
 
+@lru_cache(maxsize=256)
+def _trace_stage(
+    config: AtomModelConfig, task: str, recompute: Any, precision: str, begin: int, end: int, work: Workload
+) -> StageTrace:
+    normalizer = Normalizer(0.0, 1.0, 1.0)
+    counts = torch.ones(2, dtype=torch.float64, device="meta")
+
+    def loss(model: Any, prediction: Any, graph: ExtendedGraph, batch: AtomBatch) -> Tensor:
+        objective = IS2RE(model, normalizer) if task == "is2re" else S2EF(model, normalizer)
+        return objective.loss(prediction, graph, batch, counts)
+
+    return trace_stage(config, loss, recompute, PRECISIONS[precision], begin, end, work)
+
+
 #: Structures of about so many atoms, where there is no training set to look at.
 MADE_UP_ATOMS = 80
 
@@ -175,7 +199,7 @@ class Planner:
         self.process = PROCESS[machine.device] if process is None else process
         with torch.device("meta"):
             self.count = count_parameters(build_model(model))
-        self._workloads: dict[tuple[int, int, int], Workload] = {}
+        self._workloads: dict[tuple[int, int, int, int], Workload] = {}
 
     @classmethod
     def of_config(cls, config: RunConfig, machine: Machine, atoms: int | None = None) -> Planner:
@@ -198,8 +222,8 @@ class Planner:
             return f"made-up slabs of {self.atoms} atoms"
         return f"the micro-batch with the most edges of {self.config.data.train}"
 
-    def workload(self, micro_batch: int, layout: ParallelLayout) -> Workload:
-        key = micro_batch, layout.data, layout.graph
+    def workload(self, micro_batch: int, layout: ParallelLayout, accumulation: int) -> Workload:
+        key = micro_batch, layout.data, layout.graph, accumulation
         if key not in self._workloads:
             if self.store is None:
                 samples = [slab(self.atoms, number) for number in range(micro_batch)]
@@ -212,6 +236,7 @@ class Planner:
                     batch_size=micro_batch,
                     replicas=layout.data,
                     seed=self.config.task.seed,
+                    accumulation=accumulation,
                     micro_batches=steps,
                 )
                 samples = [self.store[index] for index in chosen]
@@ -220,21 +245,11 @@ class Planner:
 
     def plan(self, layout: ParallelLayout, combination: Combination, micro_batch: int, accumulation: int) -> Plan:
         """What one layout needs, and how long it takes."""
-        work = self.workload(micro_batch, layout)
+        work = self.workload(micro_batch, layout, accumulation)
+        if layout.pipe > 1:
+            return self._plan_pipeline(layout, combination, micro_batch, accumulation, work)
         traced = trace(self.model, self.config.task.name, combination, combination.chosen_second_order, work)
-        base = read_ds_config(self.ds_config or preset_name(combination.zero, combination.offload))
-        states = States(
-            parameters=traced.parameters,
-            combination=combination,
-            ranks=layout.size,
-            ds_config=base,
-            device=self.machine.device,
-            amsgrad=self.config.optim.amsgrad,
-            averaged=self.config.optim.ema_decay is not None,
-            checkpointed=self.config.task.checkpoint_every is not None,
-            gradient_accumulation=accumulation,
-            batch_bytes=work.bytes,
-        )
+        states = self._states(traced.parameters, layout, combination, accumulation, work.bytes)
         total = traced.step.total
         return Plan(
             layout=layout,
@@ -249,6 +264,96 @@ class Planner:
             moved=total.bytes * accumulation,
             sent=traced.exchanged * accumulation,
         )
+
+    def _states(
+        self,
+        parameters: Mapping[str, int],
+        layout: ParallelLayout,
+        combination: Combination,
+        accumulation: int,
+        batch_bytes: int,
+        in_flight: int = 1,
+    ) -> States:
+        return States(
+            parameters=parameters,
+            combination=combination,
+            ranks=layout.size // layout.pipe,
+            ds_config=read_ds_config(self.ds_config or preset_name(combination.zero, combination.offload)),
+            device=self.machine.device,
+            amsgrad=self.config.optim.amsgrad,
+            averaged=self.config.optim.ema_decay is not None,
+            checkpointed=self.config.task.checkpoint_every is not None,
+            gradient_accumulation=accumulation,
+            batch_bytes=batch_bytes,
+            in_flight=in_flight,
+        )
+
+    def _plan_pipeline(
+        self, layout: ParallelLayout, combination: Combination, micro_batch: int, accumulation: int, work: Workload
+    ) -> Plan:
+        """Of the stage that needs most, at the pace of the slowest."""
+        bounds = self.bounds(layout, combination, micro_batch, accumulation)
+        plans = []
+        for number in range(layout.pipe):
+            traced = _trace_stage(
+                self.model,
+                self.config.task.name,
+                combination.recompute,
+                combination.precision,
+                bounds[number],
+                bounds[number + 1],
+                work,
+            )
+            states = self._states(
+                traced.parameters,
+                layout,
+                combination,
+                accumulation,
+                work.bytes * accumulation,  # every stage has all of a step's graphs
+                min(layout.pipe - number, accumulation),
+            )
+            total = traced.step.total
+            spent = times(
+                *(self.machine, states, total, traced.exchanged, traced.exchanges),
+                stages=layout.pipe,
+                sent=traced.sent,
+            )
+            plans.append(
+                Plan(
+                    layout=layout,
+                    combination=combination,
+                    micro_batch=micro_batch,
+                    accumulation=accumulation,
+                    peak=peak_of_run(states, traced.step),
+                    process=self.process,
+                    host=states.on_host,
+                    times=spent,
+                    flops=total.total_flops * accumulation,
+                    moved=total.bytes * accumulation,
+                    sent=traced.exchanged * accumulation,
+                )
+            )
+        slowest = max((plan.times for plan in plans), key=lambda one: one.total)
+        return replace(max(plans, key=lambda plan: plan.foretold), times=slowest)
+
+    def costs(
+        self, layout: ParallelLayout, combination: Combination, micro_batch: int, accumulation: int
+    ) -> list[LayerCost]:
+        """Of each layer, for the micro-batch with the most edges."""
+        work = self.workload(micro_batch, layout, accumulation)
+        traced = trace(self.model, self.config.task.name, combination, combination.chosen_second_order, work)
+        return layer_costs(self.model, traced.step, self.machine)
+
+    def bounds(
+        self, layout: ParallelLayout, combination: Combination, micro_batch: int, accumulation: int
+    ) -> list[int]:
+        """Where layers are cut into stages.
+
+        Raises:
+            ValueError: if there are too few.
+        """
+        costs = self.costs(layout, combination, micro_batch, accumulation)
+        return stage_bounds(costs, layout.pipe, self.config.parallel.stage_cut)
 
     def combinations(self, *, offload: bool) -> list[Combination]:
         """The legal ones: of conservative models in both ways, unless the configuration says one."""

@@ -16,8 +16,8 @@ from egnscale.models.forces import Prediction
 from egnscale.models.layered import LayeredModel
 from egnscale.scaling.engine import Engine, gather_over_ranks
 
-#: Computes a batch's loss and prediction, on all ranks together.
-Forward = Callable[[], tuple[Tensor, Prediction]]
+#: Computes a batch's loss and prediction, and goes back from the loss, on all ranks together.
+Again = tuple[Callable[[], tuple[Tensor, Prediction | None]], Callable[[Tensor], None]]
 
 
 class _Place(NamedTuple):
@@ -26,7 +26,7 @@ class _Place(NamedTuple):
 
 
 def what_is_not_finite(
-    module: nn.Module, model: LayeredModel, engine: Engine, batches: Iterable[Forward], *, backward: bool
+    module: nn.Module, model: LayeredModel, engine: Engine, batches: Iterable[Again], *, backward: bool
 ) -> str:
     """Where the first NaN or infinite number comes from, in words. Collective.
 
@@ -41,11 +41,12 @@ def what_is_not_finite(
     weights = (*engine.held(), *module.named_buffers())
     parameter = _first(_Place(layer_of(name), name) for name, x in weights if not _finite(x))
     gradients = [_Place(layer_of(name), name) for name, x in engine.gradients() if not _finite(x)] if backward else []
-    for forward in batches:
+    for forward, go_back in batches:
         seen = _Seen(len(names))
         with watched_layers(model, seen.see):
             loss, prediction = forward()
-        seen.see_prediction(prediction)
+        if prediction is not None:
+            seen.see_prediction(prediction)
         # Tangents come from the prediction: where that has failed, all of them have.
         output = _first(seen.outputs) or _first(seen.tangents)
         if parameter is not None and (output is None or parameter.layer <= output.layer):
@@ -64,7 +65,7 @@ def what_is_not_finite(
         if any(gather_over_ranks(not _finite(loss))):
             return "the outputs of all layers are finite, so look at the labels"
         if backward:
-            engine.backward(loss)
+            go_back(loss)
             culprit = _last([*gradients, *(_Place(n, "") for n in [seen.behind()] if n is not None)])
             if culprit is not None:
                 of = f" (of {culprit.name.removeprefix('model.')})" if culprit.name else ""

@@ -10,23 +10,21 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from egnscale.data.batch import AtomBatch
 from egnscale.data.sampler import BalancedBatchSampler
 from egnscale.launch.config import RunConfig
 from egnscale.launch.evaluation import evaluate_is2re, evaluate_s2ef, non_finite
 from egnscale.launch.loading import make_loader, open_labelled, sizes_for_balance, validation_splits
 from egnscale.launch.norms import LayerNorms, Norm
+from egnscale.launch.pipelining import StagedModel
 from egnscale.launch.planning import Forecast, Planner, available_memory, settle
 from egnscale.launch.reporting import RunLog, TrainingProgress, plot_norms, plot_training
 from egnscale.launch.run_files import (
@@ -41,12 +39,15 @@ from egnscale.launch.run_files import (
 )
 from egnscale.launch.schedules import build_schedule
 from egnscale.launch.spikes import ROLLBACKS, SpikeGuard
+from egnscale.launch.stage_costs import stage_bounds, stage_table
+from egnscale.launch.steps import Computation, Computed, Read, StagedComputation, WholeModel, count
 from egnscale.launch.tasks import IS2RE, S2EF, Normalizer
 from egnscale.launch.trace import what_is_not_finite
 from egnscale.launch.weights import open_weights, save_weights
-from egnscale.models import ExtendedGraph, Prediction, build_model, count_parameters
+from egnscale.models import AtomModel, Prediction, build_model, count_parameters
 from egnscale.models.layered import Blocks, LayeredModel
-from egnscale.models.scale_factors import fit_scale_factors, unfitted
+from egnscale.models.scale_factors import unfitted
+from egnscale.models.stage import only_layers
 from egnscale.scaling.agreement import check_agreement, run_facts
 from egnscale.scaling.checkpoint import (
     LATEST,
@@ -73,11 +74,12 @@ from egnscale.scaling.engine import (
 from egnscale.scaling.flat import flatten_layers
 from egnscale.scaling.layout import Mesh
 from egnscale.scaling.memory import peak_memory
+from egnscale.scaling.pipeline import Pipeline
 from egnscale.scaling.planner import MACHINES
 from egnscale.scaling.recompute import set_recompute
 
 #: What may change when a run is resumed.
-FREE_IN_LAYOUT = {"ranks", "replicas", "zero", "precision"}
+FREE_IN_LAYOUT = {"ranks", "replicas", "pipe", "zero", "precision"}
 #: Steps in a row that fp16 may leave out. DeepSpeed halves the loss scale each time, from 2^16 or 2^32 down to 1: after
 #: 50 there is nothing left to halve.
 MAX_SKIPPED_STEPS = 50
@@ -97,16 +99,6 @@ class StepSums(NamedTuple):
     gradient_norm: float  #: before clipping
     norms: list[Norm]  #: of each layer, where they are due
     trouble: str = ""  #: why the step must be undone, where a rollback is to follow
-
-
-class _Batch(NamedTuple):
-    """A micro-batch on this rank's device, and what became of it."""
-
-    graph: ExtendedGraph
-    atoms: AtomBatch
-    loss: Tensor
-    prediction: Prediction
-    sizes: tuple[Tensor, Tensor, Tensor]  #: structures, atoms and edges
 
 
 class Trainer:
@@ -139,7 +131,7 @@ class Trainer:
         if world.size > 1:
             facts = run_facts(config.model_dump(mode="json"), ds, device=world.device.type, resume=resume)
             check_agreement(facts, gather_over_ranks)
-        self.mesh = Mesh.of_world(world.device, graph=config.parallel.graph)
+        self.mesh = Mesh.of_world(world.device, graph=config.parallel.graph, pipe=config.parallel.pipe)
         self.directory = Path(config.task.output)
         self.checkpoints = self.directory / "checkpoints"
         self.step = 0
@@ -185,18 +177,19 @@ class Trainer:
         )
         with torch.device("meta"):
             self.num_parameters = count_parameters(build_model(self.model_config))
+        self.bounds = self._cut() if parallel.pipe > 1 else []
         self.forecast: Forecast | None = None
         if parallel.check_memory:
             self._foretell()
         torch.manual_seed(config.task.seed)  # the same weights on every rank
-        with sharded_layers(ds, LayeredModel, Blocks) if parallel.zero == 3 else nullcontext():
+        with self._build_parts(ds):
             model = build_model(self.model_config)
         self.mesh.name_layers(model.layers)
         set_recompute(model, parallel.recompute, self.mesh.graph_group)
         self.objective = self._objective(model)
         if self.model_config.forces == "conservative" and parallel.zero == 3:
             flatten_layers(model)
-        self.engine = Engine(self.objective, self._optimizer(), ds, world)
+        self.engine, self.computation = self._spread(model, ds)
         if start is not None:
             self._start_from(start.path / WEIGHTS)
         elif resumed is None:
@@ -212,11 +205,27 @@ class Trainer:
 
     # Setting up
 
+    def _cut(self) -> list[int]:
+        """Where layers are cut into stages; the same on all ranks. Collective."""
+        optim = self.config.optim
+        size = (self.mesh.layout, self.combination, optim.batch_size, optim.gradient_accumulation)
+        bounds: list[int] = []
+
+        def decide() -> None:
+            costs = self._planner().costs(*size)
+            how = self.config.parallel.stage_cut
+            bounds.extend(stage_bounds(costs, self.mesh.layout.pipe, how))
+            self.say(stage_table(costs, bounds, how))
+
+        once(decide)
+        return gather_over_ranks(bounds)[0]
+
     def _combination(self, ds: dict[str, Any]) -> Combination:
         parallel = self.config.parallel
         return Combination(
             forces=self.model_config.forces,
             second_order=parallel.second_order,
+            pipe=parallel.pipe,
             zero=parallel.zero,
             recompute=parallel.recompute,
             precision=parallel.precision,
@@ -224,11 +233,13 @@ class Trainer:
             fp16_device=computes_in_fp16(),
         )
 
+    def _planner(self) -> Planner:
+        machine = MACHINES["cpu" if self.world.device.type == "cpu" else "h100"]
+        return Planner(self.config, self.model_config, machine, self.train_store, ds_config=self.ds_name)
+
     def _foretell(self) -> None:
         """Choose what the planner chooses; stop what would not fit, the same on all ranks."""
-        device = self.world.device.type
-        machine = MACHINES["cpu" if device == "cpu" else "h100"]
-        planner = Planner(self.config, self.model_config, machine, self.train_store, ds_config=self.ds_name)
+        planner = self._planner()
         available = min(gather_over_ranks(available_memory(self.world.device)))
         self.combination, self.forecast = settle(planner, self.mesh.layout, self.combination, available, self.say)
 
@@ -249,6 +260,25 @@ class Trainer:
             raise ValueError("task s2ef trains forces, and model.forces is none; choose direct or conservative")
         if forces != "none" and name == "is2re":
             raise ValueError(f"task is2re trains energies alone, and model.forces is {forces}; leave it out")
+
+    def _build_parts(self, ds: dict[str, Any]) -> AbstractContextManager[None]:
+        """Within, a model is built of which this rank never has more than its part and one layer."""
+        parallel, stage = self.config.parallel, self.mesh.stage
+        if parallel.pipe > 1:
+            return only_layers(self.bounds[stage], self.bounds[stage + 1], self.bounds[-1])
+        return sharded_layers(ds, LayeredModel, Blocks) if parallel.zero == 3 else nullcontext()
+
+    def _spread(self, model: AtomModel, ds: dict[str, Any]) -> tuple[Engine, Computation]:
+        """What makes steps of this rank's part of the model."""
+        stages, stage = self.config.parallel.pipe, self.mesh.stage
+        if stages == 1:
+            engine = Engine(self.objective, self._optimizer(), ds, self.world)
+            return engine, WholeModel(self.objective, engine, self.mesh)
+        layers = model.layers[self.bounds[stage] : self.bounds[stage + 1]]
+        optimizer = self._optimizer()
+        pipeline = Pipeline(self.objective, [*layers, self.spare], optimizer, ds, self.world, stages)
+        staged = StagedModel(model, self.bounds, self.mesh, pipeline)
+        return pipeline, StagedComputation(self.objective, pipeline, self.mesh, staged)
 
     def _objective(self, model: torch.nn.Module) -> S2EF | IS2RE:
         task = self.config.task
@@ -323,6 +353,7 @@ class Trainer:
         return {
             "ranks": self.world.size,
             "replicas": self.mesh.layout.data,
+            "pipe": parallel.pipe,
             "zero": parallel.zero,
             "precision": parallel.precision,
             "global_batch": optim.batch_size * self.mesh.layout.data,
@@ -361,6 +392,7 @@ class Trainer:
             rank=self.mesh.data_rank,
             seed=self.config.task.seed,
             shuffle=shuffle,
+            accumulation=self.config.optim.gradient_accumulation if shuffle else 1,
         )
 
     def _total_steps(self) -> int:
@@ -378,8 +410,17 @@ class Trainer:
         decayed: list[torch.nn.Parameter] = []
         plain: list[torch.nn.Parameter] = []
         for name, parameter in self.objective.named_parameters():
+            if parameter.is_meta:
+                continue  # another stage's
             (plain if any(word in name.split(".")[-1] for word in NO_DECAY) else decayed).append(parameter)
         groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.spare = torch.nn.ParameterList()
+        if self.config.parallel.pipe > 1:
+            # DeepSpeed adds up norms over stages group by group, and waits for ever where one has fewer groups.
+            for group in groups:
+                if not group["params"]:
+                    self.spare.append(torch.nn.Parameter(torch.zeros(1, device=self.world.device)))
+                    group["params"] = [self.spare[-1]]
         return torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=optim.lr_initial,
@@ -394,8 +435,7 @@ class Trainer:
         loader = self._loader(self.train_store, self.sampler, workers=0)
         batches = islice(loader, max(1, self.config.task.scale_factor_batches // self.mesh.layout.data))
         graphs = [self.mesh.place(graph) for graph, _ in batches]
-        with self.engine.calling_module():
-            factors = fit_scale_factors(self.objective.model, graphs, reduce=self.mesh.sum_over_data)
+        factors = self.computation.fit_scale_factors(graphs)
         self.say(f"fitted {len(factors)} scale factors on {len(graphs)} batches per replica")
 
     def _start_from(self, path: Path) -> None:
@@ -578,7 +618,7 @@ class Trainer:
         """Micro-batches of this replica that are behind it, those that rollbacks passed over among them."""
         return self.step * self.config.optim.gradient_accumulation + self.guard.skipped_batches
 
-    def _batches(self) -> Iterator[tuple[ExtendedGraph, AtomBatch]]:
+    def _batches(self) -> Iterator[Read]:
         """Batches without end, from where the run stands."""
         epoch, position = divmod(self._position(), len(self.sampler))
         while True:
@@ -590,80 +630,56 @@ class Trainer:
         workers = self.config.data.workers if workers is None else workers
         return make_loader(store, sampler, self.model_config, self.mesh, workers, self.config.task.name)
 
-    def _train_step(self, batches: Iterator[tuple[ExtendedGraph, AtomBatch]]) -> StepSums:
+    def _train_step(self, batches: Iterator[Read]) -> StepSums:
         """One optimizer step."""
-        device, mesh = self.world.device, self.mesh
-        mesh.traffic()  # what evaluation exchanged is no part of a step
+        self.mesh.traffic()  # what evaluation exchanged is no part of a step
         self.engine.train()
-        seen = torch.zeros(4, dtype=torch.float64, device=device)
-        accumulation = self.config.optim.gradient_accumulation
         every = self.config.task.log_norms
         norms = self.norms if every and (self.step + 1) % every == 0 else None
-        of_layers: list[Norm] = []
-        skipped, gradient_norm, trouble = self.engine.skipped_steps, math.nan, ""
-        read: list[tuple[ExtendedGraph, AtomBatch]] = []
-        for number in range(accumulation):
-            read.append(next(batches))
-            with norms.watching() if norms else nullcontext():
-                batch = self._forward(*read[-1])
-            if norms:
-                norms.see_prediction(batch.prediction)
-            trouble = trouble or self._loss_not_finite(batch, read)
-            self.engine.backward(batch.loss)
-            if number == accumulation - 1:
-                of_layers = norms.read() if norms else []
-                gradient_norm, not_finite = self._gradient_norm(read)
-                trouble = trouble or not_finite
-            self.engine.step()
-            seen += torch.stack([batch.loss.detach().double() / accumulation, *batch.sizes])
+        skipped = self.engine.skipped_steps
+        read = list(islice(batches, self.config.optim.gradient_accumulation))
+        counts = count(read, self.objective, self.mesh)
+        computed = self.computation.backward(read, counts, norms)
+        trouble = self._loss_not_finite(computed, read)
+        of_layers = norms.read() if norms else []
+        gradient_norm, not_finite = self._gradient_norm(read)
+        self.engine.step()
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.engine.skipped_steps > skipped else 0
         if math.isnan(gradient_norm):
             gradient_norm = self.engine.gradient_norm()
-        loss_sum, structures, atoms, edges = sum_over_ranks(seen).tolist()
-        return StepSums(loss_sum / self.world.size, structures, atoms, edges, gradient_norm, of_layers, trouble)
-
-    def _forward(self, graph: ExtendedGraph, atoms: AtomBatch) -> _Batch:
-        """The loss of a batch as it is read. Collective."""
-        mesh, device = self.mesh, self.world.device
-        graph, atoms = mesh.place(graph), atoms.to(device)
-        # Ranks that share a graph each have their own atoms and edges, and all of its structures.
-        structures = graph.num_systems if mesh.graph_rank == 0 else 0
-        local = torch.tensor(
-            [structures, self.objective.trained_atoms(atoms).sum(), graph.num_atoms, graph.num_edges],
-            dtype=torch.float64,
-            device=device,
+        loss = sum_over_ranks(torch.stack([one.loss.double() for one in computed]).mean()) / self.world.size
+        return StepSums(
+            float(loss), counts.structures, counts.atoms, counts.edges, gradient_norm, of_layers, trouble or not_finite
         )
-        total = sum_over_ranks(local)
-        # Sums divided by (global count / replicas) average over replicas to the global mean.
-        counts = (total[:2] / mesh.layout.data).clamp(min=1e-12)
-        loss, prediction = self.engine(graph, atoms, counts)
-        return _Batch(graph, atoms, loss, prediction, (local[0], local[2], local[3]))
 
     # What must not go on
 
-    def _loss_not_finite(self, batch: _Batch, read: list[tuple[ExtendedGraph, AtomBatch]]) -> str:
+    def _loss_not_finite(self, computed: Sequence[Computed], read: Sequence[Read]) -> str:
         """Why the step must be undone, where any rank's loss is NaN or infinite: with the structures' names.
 
         Raises:
             ValueError: on every rank, where it cannot be undone.
         """
-        loss = batch.loss.detach()
-        if not sum_over_ranks((~torch.isfinite(loss)).double()):
+        losses = torch.stack([one.loss for one in computed])
+        failed = sum_over_ranks((~torch.isfinite(losses)).double()).tolist()
+        number = next((number for number, ranks in enumerate(failed) if ranks), None)
+        if number is None:
             return ""
+        batch, loss = computed[number], losses[number]
         names: list[str] = []
-        if not torch.isfinite(loss):
+        if not torch.isfinite(loss) and batch.prediction is not None:
             names = non_finite(batch.prediction, batch.graph, batch.atoms) or self._bad_labels(batch)
         value = next(one for one in gather_over_ranks(loss.item()) if not math.isfinite(one))
         reason = f"the loss became {value} at step {self.step + 1} on {_some_of_all_ranks(names)}"
         if self._may_roll_back():
             return reason
         raise ValueError(
-            f"{reason}; {self._trace(read[-1:], backward=False)}{self._after_rollbacks()}; "
+            f"{reason}; {self._trace([read[number]], backward=False)}{self._after_rollbacks()}; "
             "the last checkpoint is untouched "
             "(lower optim.lr_initial, set optim.clip_grad_norm, or look at these structures)"
         )
 
-    def _bad_labels(self, batch: _Batch) -> list[str]:
+    def _bad_labels(self, batch: Computed) -> list[str]:
         """Structures whose labels are not finite; all of them where no label is to blame."""
         atoms = batch.atoms
         energy, forces = (
@@ -672,7 +688,7 @@ class Trainer:
         assert energy is not None
         return non_finite(Prediction(energy, forces), batch.graph, atoms) or atoms.names
 
-    def _gradient_norm(self, read: list[tuple[ExtendedGraph, AtomBatch]]) -> tuple[float, str]:
+    def _gradient_norm(self, read: Sequence[Read]) -> tuple[float, str]:
         """The norm of the step's gradient, and why the step must be undone where it is not finite.
 
         NaN and nothing under fp16: DeepSpeed leaves such steps out, and lowers the loss scale.
@@ -694,17 +710,12 @@ class Trainer:
             "(lower optim.lr_initial, or look at these structures)"
         )
 
-    def _trace(self, read: list[tuple[ExtendedGraph, AtomBatch]], *, backward: bool) -> str:
+    def _trace(self, read: Sequence[Read], *, backward: bool) -> str:
         """Where the first number that is not finite comes from, by running batches once more. Collective."""
-
-        def run(graph: ExtendedGraph, atoms: AtomBatch) -> tuple[Tensor, Prediction]:
-            batch = self._forward(graph, atoms)
-            return batch.loss, batch.prediction
-
         model = self.objective.model
         assert isinstance(model, LayeredModel)
-        runs = [partial(run, *one) for one in read]
-        return what_is_not_finite(self.objective, model, self.engine, runs, backward=backward)
+        again = [self.computation.again(one) for one in read]
+        return what_is_not_finite(self.objective, model, self.engine, again, backward=backward)
 
     def _count_skipped(self) -> bool:
         """Whether the last step was taken.
@@ -817,9 +828,10 @@ class Trainer:
             how: dict[str, Any] = {
                 "place": self.mesh.place,
                 "max_batches": max_batches,
+                "at_once": self.computation.at_once,
                 "reduce": self.mesh.sum_over_data,
             }
-            what = (self._predict, self._loader(store, sampler), self.normalizer, self.world.device)
+            what = (self.computation.predict, self._loader(store, sampler), self.normalizer, self.world.device)
             if self.config.task.name == "is2re":
                 return evaluate_is2re(
                     *what, energy_mean=self.train_store.metadata["statistics"]["energy_relaxed"]["mean"], **how
@@ -830,10 +842,6 @@ class Trainer:
             return evaluate()
         with self.ema.applied():
             return evaluate()
-
-    def _predict(self, graph: ExtendedGraph) -> Prediction:
-        with self.engine.calling_module():
-            return self.objective.model(graph)
 
 
 def _some_of_all_ranks(names: list[str]) -> str:

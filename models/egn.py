@@ -221,7 +221,5 @@ class EGN(LayeredModel):
             node=node, edge=edge, triplet=triplet, glob=glob, num_radial=num_radial, num_spherical=num_spherical,
             num_elements=num_elements, cutoff=cutoff,
         )  # fmt: skip
-        self.blocks = Blocks(
-            EGNBlock(node=node, edge=edge, triplet=triplet, glob=glob) for _ in range(num_blocks)
-        )
+        self.blocks = Blocks(EGNBlock(node=node, edge=edge, triplet=triplet, glob=glob) for _ in range(num_blocks))
         self.readout = Readout(node=node, edge=edge, glob=glob)

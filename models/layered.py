@@ -68,7 +68,8 @@ class LayeredModel(nn.Module):
 
     def geometry(self, graph: ExtendedGraph) -> Any:
         """What layers know from positions alone."""
-        return inside(self.embedding).geometry(graph)
+        embedding: Any = inside(self.embedding)
+        return embedding.geometry(graph)
 
     def state(self, graph: ExtendedGraph) -> Any:
         """What the readout sees."""

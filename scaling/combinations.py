@@ -28,6 +28,7 @@ class Combination:
 
     forces: Forces = "direct"
     second_order: Literal["auto"] | SecondOrder = "auto"
+    pipe: int = 1
     zero: int = 0
     recompute: Recompute = "none"
     precision: Precision = "fp32"
@@ -64,7 +65,7 @@ class Combination:
         """What `auto` stands for where memory does not decide."""
         if self.second_order != "auto":
             return self.second_order
-        needed = self.forces == "conservative" and self.zero == 3
+        needed = self.forces == "conservative" and (self.zero == 3 or self.pipe > 1)
         return "reverse_over_forward" if needed else "double_backward"
 
 
@@ -89,6 +90,35 @@ RULES = (
         "needs them",
         lambda c: {"second_order": "reverse_over_forward"},
         "or parallel.zero below 3",
+    ),
+    Rule(
+        lambda c: c.pipe > 1 and c.zero == 0,
+        "parallel.pipe is {pipe} without ZeRO, where DeepSpeed clips gradients by the norm of one stage",
+        lambda c: {"zero": 1},
+    ),
+    Rule(
+        lambda c: c.pipe > 1 and c.zero > 1,
+        "parallel.pipe is {pipe}, and DeepSpeed's pipelines know no ZeRO-{zero}",
+        lambda c: {"zero": 1},
+        "or parallel.pipe to 1",
+    ),
+    Rule(
+        lambda c: c.pipe > 1 and c.second_order == "double_backward",
+        "parallel.pipe is {pipe}, and no second derivative goes through DeepSpeed's pipelines",
+        lambda c: {"second_order": "reverse_over_forward"},
+        "or parallel.pipe to 1",
+    ),
+    Rule(
+        lambda c: c.pipe > 1 and c.offload != "none",
+        "parallel.pipe is {pipe}, and offloading has not been tried in a pipeline",
+        lambda c: {"offload": "none"},
+        "or parallel.pipe to 1",
+    ),
+    Rule(
+        lambda c: c.pipe > 1 and c.precision == "fp16",
+        "parallel.pipe is {pipe}, and fp16 has not been tried in a pipeline",
+        lambda c: {"precision": "bf16"},
+        "or parallel.pipe to 1",
     ),
     Rule(
         lambda c: c.precision == "fp16" and not c.fp16_device,
@@ -135,7 +165,7 @@ def legal_tables() -> str:
                 broken.setdefault(rule, one.why_not() or "")
             found.add("yes" if rule is None else f"no ({list(broken).index(rule) + 1})")
         assert len(found) == 1, "recomputation has a part in this"
-        auto = settings.get("forces") == "conservative" and settings["second_order"] == "auto"
+        auto = settings.get("forces") == "conservative" and settings["second_order"] == "auto" and found == {"yes"}
         return f"`{Combination(**settings).chosen_second_order}`" if auto else found.pop()
 
     orders = [
@@ -143,9 +173,18 @@ def legal_tables() -> str:
         for forces in get_args(Forces)
         for order in ("auto", *get_args(SecondOrder))
     ]
+    pipes = [
+        [f"`{forces}`", f"`{order}`", *(cell(forces=forces, second_order=order, pipe=2, zero=zero) for zero in ZERO)]
+        for forces in get_args(Forces)
+        for order in (("auto", *get_args(SecondOrder)) if forces == "conservative" else ("auto",))
+    ]
     offloads = [[f"`{kept}`", *(cell(offload=kept, zero=zero) for zero in ZERO)] for kept in get_args(Offload)]
     precisions = [
-        [f"`{precision}`", *(cell(precision=precision, fp16_device=able) for able in (True, False))]
+        [
+            f"`{precision}`",
+            *(cell(precision=precision, fp16_device=able) for able in (True, False)),
+            cell(precision=precision, fp16_device=True, pipe=2, zero=1),
+        ]
         for precision in get_args(Precision)
     ]
     stages = [f"ZeRO-{zero}" for zero in ZERO]
@@ -154,10 +193,12 @@ def legal_tables() -> str:
             "Forces (`model.forces`) and how they are trained (`parallel.second_order`; of `auto`, what is taken where "
             "it fits):\n",
             _table(["forces", "second order", *stages], orders),
+            "The same in a pipeline (`parallel.pipe` of 2 or more):\n",
+            _table(["forces", "second order", *stages], pipes),
             "What is kept off the device (`parallel.offload`):\n",
             _table(["offload", *stages], offloads),
             "Precision of matrix products (`parallel.precision`):\n",
-            _table(["precision", "device computes in fp16", "it does not"], precisions),
+            _table(["precision", "device computes in fp16", "it does not", "in a pipeline"], precisions),
             "What is refused, in the words of the refusal, which end with what to set instead:\n",
             *(f"{number}. {reason}" for number, reason in enumerate(broken.values(), start=1)),
             "",

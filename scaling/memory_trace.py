@@ -97,6 +97,16 @@ class StepTrace:
                 most = max(most, alive)
         return most
 
+    def kept(self) -> int:
+        """Bytes that are alive when forward has ended."""
+        alive = 0
+        for event in self.events:
+            if isinstance(event, Allocation):
+                if event.made.phase == "backward":
+                    break
+                alive += event.size
+        return alive
+
     def alive_at(self, index: int) -> Counter[Made]:
         """Bytes by who made them, after the event with this index."""
         found: Counter[Made] = Counter()

@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
+_DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+)
 _NOTHING = -1
 #: Every tensor begins at a multiple of so many bytes.
 _ALIGNED = 8
@@ -62,7 +71,8 @@ def write_entries(entries: Entries) -> list[int]:
 
 def read_entries(numbers: Sequence[int]) -> Entries:
     """The inverse of `write_entries`."""
-    rest, entries = iter(numbers), []
+    rest = iter(numbers)
+    entries: list[Entry | None] = []
     for kind in rest:
         if kind == _NOTHING:
             entries.append(None)

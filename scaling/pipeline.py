@@ -134,9 +134,7 @@ class Pipeline(Engine):
         module._apply(lambda x: x if x.is_meta else x.to(world.device))
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints how it cuts what has been cut
             pipe = PipelineModule(whole, num_stages=stages, partition_method="uniform", dynamic_shape=True)
-            super().__init__(
-                module, optimizer, ds_config, world, wrapped=pipe, share=(world.rank % ranks, ranks)
-            )
+            super().__init__(module, optimizer, ds_config, world, wrapped=pipe, share=(world.rank % ranks, ranks))
         self._marks: Sequence[int] = ()
 
     @property

@@ -81,7 +81,7 @@ class Times:
     """Seconds of an optimizer step; nothing is taken to overlap."""
 
     compute: float
-    exchange: float  #: among the ranks that share a graph
+    exchange: float  #: among the ranks that share a graph, and from stage to stage
     reduce: float  #: gradients, and parameters where they are sharded
     update: float
 
@@ -90,26 +90,36 @@ class Times:
         return self.compute + self.exchange + self.reduce + self.update
 
 
-def times(machine: Machine, states: States, work: Work, exchanged: int, exchanges: int) -> Times:
+def roofline(machine: Machine, work: Work) -> float:
+    """Seconds of some operations, one after the other."""
+    return sum(
+        count * (max(flops / machine.rate(dtype), moved / machine.bandwidth) + machine.call)
+        for (dtype, flops, moved), count in work.costs.items()
+    )
+
+
+def times(
+    machine: Machine, states: States, work: Work, exchanged: int, exchanges: int, *, stages: int = 1, sent: int = 0
+) -> Times:
     """Roofline of each operation, and of communication its bytes over the slowest link.
 
     Args:
         work: of one micro-batch.
         exchanged, exchanges: bytes and exchanges of one micro-batch on this rank.
+        stages: of the pipeline, all as slow as this one.
+        sent: bytes of one micro-batch to the next stage and back.
     """
-    compute = sum(
-        count * (max(flops / machine.rate(dtype), moved / machine.bandwidth) + machine.call)
-        for (dtype, flops, moved), count in work.costs.items()
-    )
+    compute = roofline(machine, work)
     micro, combination = states.gradient_accumulation, states.combination
     size = states.count * states.size * (states.ranks - 1) / states.ranks
     rounds = {0: 2.0, 1: 2.0, 2: 1.0 + micro, 3: micro * (4.0 if combination.recompute == "block" else 3.0)}
     updated = states.count if combination.zero == 0 else states.shard
     update = updated * 4 * (2 * (1 + states.moments) + 1) / machine.bandwidth
     update += 2 * states.on_host / machine.host_link
+    turns = micro + stages - 1  # until the last micro-batch has gone through all stages
     return Times(
-        micro * compute,
-        micro * (exchanged / machine.link + exchanges * machine.latency),
+        turns * compute,
+        turns * (exchanged / machine.link + exchanges * machine.latency + sent / machine.link),
         rounds[combination.zero] * size / machine.link,
         update,
     )
@@ -149,6 +159,7 @@ class Plan:
         """As they are said in a configuration."""
         found: dict[str, object] = {
             "parallel.graph": self.layout.graph,
+            "parallel.pipe": self.layout.pipe,
             "parallel.zero": self.combination.zero,
             "parallel.recompute": self.combination.recompute,
             "parallel.offload": self.combination.offload,
@@ -166,7 +177,12 @@ def ranked(plans: list[Plan], available: int, host: int | None = None) -> list[P
     def order(plan: Plan) -> tuple[float, ...]:
         effort = plan.combination.zero + ("none", "selective", "block").index(plan.combination.recompute)
         if plan.fits(available, host):
-            return (0, _rounded(plan.times.total), effort + plan.layout.graph + plan.accumulation, plan.needed)
+            return (
+                0,
+                _rounded(plan.times.total),
+                effort + plan.layout.graph + plan.layout.pipe + plan.accumulation,
+                plan.needed,
+            )
         return (1, plan.needed, 0, 0)
 
     return sorted(plans, key=order)
@@ -202,7 +218,8 @@ def explained(plans: list[Plan], available: int, host: int | None = None) -> str
 
 def short(plan: Plan) -> str:
     """A plan in a few words."""
-    found = [f"graph {plan.layout.graph}", f"ZeRO-{plan.combination.zero}", f"recompute {plan.combination.recompute}"]
+    found = [f"pipe {plan.layout.pipe}"] if plan.layout.pipe > 1 else []
+    found += [f"graph {plan.layout.graph}", f"ZeRO-{plan.combination.zero}", f"recompute {plan.combination.recompute}"]
     if plan.combination.offload != "none":
         found.append(f"offload {plan.combination.offload}")
     return ", ".join([*found, f"{plan.micro_batch} structures x {plan.accumulation}"])

@@ -38,6 +38,8 @@ KINDS = (
     *(PARAMETERS, MASTERS, GRADIENTS, OPTIMIZER, AVERAGES, GATHERED, BUFFERS),
     *(ACTIVATIONS, TEMPORARIES, BATCH, STEP, CHECKPOINT),
 )
+#: Where activations of a pipeline's other micro-batches stand among layers.
+OTHER_MICRO_BATCHES = "micro-batches in flight"
 #: DeepSpeed reduces gradients without ZeRO in pieces of so many elements.
 PLAIN_BUCKET = 500_000_000
 #: What DeepSpeed takes where a configuration says nothing.
@@ -59,14 +61,15 @@ class States:
 
     parameters: Mapping[str, int]  #: elements, in the order of the model
     combination: Combination
-    ranks: int  #: over which states are sharded: all of them, whatever the layout
+    ranks: int  #: over which states are sharded: all of them, or those of a pipeline's stage
     ds_config: Mapping[str, Any]
     device: Device = "cpu"
     amsgrad: bool = False
     averaged: bool = False  #: weights, by `optim.ema_decay`
     checkpointed: bool = True
     gradient_accumulation: int = 1
-    batch_bytes: int = 0  #: graph and labels of a micro-batch
+    batch_bytes: int = 0  #: graph and labels of a micro-batch, or of all that go through a pipeline
+    in_flight: int = 1  #: micro-batches whose activations are there together
 
     @property
     def count(self) -> int:
@@ -247,6 +250,7 @@ class _Plain:
     def forward_backward(self, trace: StepTrace) -> None:
         add, drop = self.ledger.add, self.ledger.drop
         keys: dict[int, int] = {}
+        others = add((self.states.in_flight - 1) * trace.kept(), ACTIVATIONS, OTHER_MICRO_BATCHES)
         self.begin()
         backward = False
         for event in trace.events:
@@ -263,7 +267,7 @@ class _Plain:
                 self.ready(event.name)
             elif isinstance(event, ParametersUsed):
                 self.used(event.names, backward=backward)
-        drop(*keys.values())
+        drop(others, *keys.values())
         self.end_backward()
 
     def begin(self) -> None: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal, get_args
 
 #: What the heaviest stage is to have as little of as can be.
@@ -49,5 +50,5 @@ def cut(weights: Sequence[float], stages: int) -> list[int]:
 
 def imbalance(weights: Sequence[float], bounds: Sequence[int]) -> float:
     """Heaviest over mean stage; 1 is perfect."""
-    sums = [sum(weights[begin:end]) for begin, end in zip(bounds, bounds[1:], strict=False)]
+    sums = [sum(weights[begin:end]) for begin, end in pairwise(bounds)]
     return max(sums) * len(sums) / sum(sums) if sum(sums) else 1.0

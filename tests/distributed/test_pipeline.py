@@ -57,7 +57,7 @@ class Case(NamedTuple):
 def structures_of(step: int, replica: int) -> list[list[Sample]]:
     """Micro-batches of a step."""
     every = samples(2 * sum(MICRO_BATCHES), seed=step)
-    mine = every[replica :: 2]
+    mine = every[replica::2]
     found = []
     for size in MICRO_BATCHES:
         found.append(mine[:size])

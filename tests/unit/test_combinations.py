@@ -27,6 +27,7 @@ EVERY = list(
     every_combination(
         forces=get_args(Forces),
         second_order=("auto", *get_args(SecondOrder)),
+        pipe=(1, 2),
         zero=range(4),
         recompute=get_args(Recompute),
         precision=get_args(Precision),
@@ -50,7 +51,7 @@ def test_a_refusal_says_what_would_do() -> None:
         for name, value in changed.items():
             assert f"parallel.{name} to {value}" in reason, one
         # What the user cannot change stays.
-        assert not changed.keys() & {"forces", "recompute", "fp16_device"}
+        assert not changed.keys() & {"forces", "recompute", "pipe", "fp16_device"}
 
 
 def test_every_rule_refuses_something_that_no_other_does() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 
@@ -73,6 +75,42 @@ def test_position(shuffle: bool) -> None:
     sampler.set_position(1, 4)
     assert list(sampler) == list(sampler), "iterating does not move the position"
     assert len(sampler) == len(whole)
+
+
+@pytest.mark.parametrize("accumulation", [2, 3, 4])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_batches_of_an_optimizer_step_are_dealt_together(accumulation: int, replicas: int) -> None:
+    """Over two epochs that end in the middle of a step: every structure once, and the same wherever one begins."""
+    sizes, batch_size = _sizes(59), 4 // replicas
+    found = []
+    for epoch in range(2):
+        whole = _epoch(sizes, batch_size, replicas, position=(epoch, 0), accumulation=accumulation)
+        for batch in range(len(whole) + 1):
+            options = {"position": (epoch, batch), "accumulation": accumulation}
+            assert _epoch(sizes, batch_size, replicas, **options) == whole[batch:]
+        assert len(whole) % accumulation or accumulation == 3, "a step has batches of both epochs"
+        assert sorted(_flat(whole)) == list(range(59))
+        found += [sorted(_flat([step])) for step in whole]
+    # The structures of a step are those of as many steps of single batches, however many replicas share them.
+    plain = [sorted(_flat([s])) for epoch in range(2) for s in _epoch(sizes, 4, 1, position=(epoch, 0))]
+    for begin in range(0, len(found), accumulation):
+        mine, theirs = (sorted(chain(*them[begin : begin + accumulation])) for them in (found, plain))
+        assert mine == theirs
+
+
+def test_micro_batches_are_alike() -> None:
+    sizes = _sizes(4000)
+    together = [[sizes[part].sum() for part in step] for step in _epoch(sizes, 4, 1, accumulation=8)]
+    alone = [[sizes[part].sum() for part in step] for step in _epoch(sizes, 4, 1)]
+
+    def heaviest_over_mean(loads: list) -> float:
+        of_steps = np.array(loads[: len(loads) // 8 * 8], float).reshape(-1, 8)
+        return float((of_steps.max(1) / of_steps.mean(1)).mean())
+
+    assert heaviest_over_mean(together) < 1.1
+    assert heaviest_over_mean(alone) > 1.4
+    sampler = BalancedBatchSampler(sizes, 4, 1, seed=7, accumulation=8)
+    assert sizes[sampler.largest(sizes, 100)].sum() == max(map(max, together[:100]))
 
 
 def test_deal_against_a_loop() -> None:

@@ -1,0 +1,195 @@
+"""What layers of a model cost, where that cuts it into the stages of a pipeline, and a stage's step, traced."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from egnscale.launch.layer_watch import layer_names
+from egnscale.models import AtomModelConfig, build_model
+from egnscale.models.layered import LayeredModel
+from egnscale.models.stage import Stage, at_positions
+from egnscale.scaling.collectives import CountedGroup
+from egnscale.scaling.layout import SharedExchange
+from egnscale.scaling.memory_trace import Allocation, StepTrace, trace_step
+from egnscale.scaling.packing import pack, unpack
+from egnscale.scaling.planner import GIB, Machine, roofline
+from egnscale.scaling.recompute import set_recompute
+from egnscale.scaling.stages import Cut, cut, imbalance
+
+
+class LayerCost(NamedTuple):
+    """Of one layer and micro-batch."""
+
+    name: str
+    parameters: int
+    flops: int  #: of the forward pass
+    seconds: float  #: of the forward pass, foretold
+    kept: int  #: bytes of activations that it keeps for the backward pass
+
+
+def layer_costs(config: AtomModelConfig, step: StepTrace, machine: Machine) -> list[LayerCost]:
+    """From the trace of a whole step."""
+    with torch.device("meta"):
+        model = build_model(config)
+    kept: Counter[str] = Counter()
+    for event in step.events:
+        if isinstance(event, Allocation):
+            if event.made.phase == "backward":
+                break
+            kept[event.made.layer] += event.size
+    costs = []
+    for name, layer in zip(layer_names(model), model.layers, strict=True):
+        work = step.work.get(name)
+        flops, seconds = (work.total_flops, roofline(machine, work)) if work is not None else (0, 0.0)
+        costs.append(LayerCost(name, sum(p.numel() for p in layer.parameters()), flops, seconds, kept[name]))
+    return costs
+
+
+def stage_bounds(costs: Sequence[LayerCost], stages: int, how: Cut) -> list[int]:
+    """Stage s has layers found[s]..found[s + 1] - 1; the readout, which has few parameters or none, goes with a block.
+
+    Raises:
+        ValueError: if there are too few layers.
+    """
+    most = len(costs) - 1
+    if stages > most:
+        raise ValueError(
+            f"parallel.pipe is {stages}, and a model of {len(costs) - 2} blocks can be cut into at most {most} stages: "
+            "its embedding and each block; lower parallel.pipe"
+        )
+    weights = [{"cost": one.seconds, "parameters": float(one.parameters), "uniform": 1.0}[how] for one in costs]
+    *weights, readout = weights
+    weights[-1] += readout if how != "uniform" else 0.0
+    bounds = cut(weights, stages)
+    return [*bounds[:-1], bounds[-1] + 1]
+
+
+def stage_table(costs: Sequence[LayerCost], bounds: Sequence[int], how: Cut) -> str:
+    """The stages, for people."""
+    total = sum(one.seconds for one in costs) or 1.0
+    lines = [f"{len(bounds) - 1} stages, cut by {how}; the slowest has {imbalance_of(costs, bounds):.2f} of their mean"]
+    for number, (begin, end) in enumerate(pairwise(bounds)):
+        own = costs[begin:end]
+        lines.append(
+            f"  stage {number}: layers {begin}..{end - 1} of {len(costs)}, "
+            f"{sum(one.parameters for one in own):,} parameters, "
+            f"{sum(one.seconds for one in own) / total:.1%} of the forward time, "
+            f"{sum(one.kept for one in own) / GIB:.3g} GiB of activations for each micro-batch"
+        )
+    return "\n".join(lines)
+
+
+def imbalance_of(costs: Sequence[LayerCost], bounds: Sequence[int]) -> float:
+    """Slowest over mean stage, foretold."""
+    return imbalance([one.seconds for one in costs], bounds)
+
+
+class StageTrace(NamedTuple):
+    """A micro-batch on one stage."""
+
+    step: StepTrace
+    parameters: dict[str, int]
+    exchanged: int  #: bytes, with the ranks that share its graph
+    exchanges: int
+    sent: int  #: bytes, to the next stage and back
+
+
+def trace_stage(
+    config: AtomModelConfig,
+    task: Any,
+    recompute: Any,
+    dtype: torch.dtype,
+    begin: int,
+    end: int,
+    work: Any,
+) -> StageTrace:
+    """Trace what one stage does with a micro-batch, on the meta device.
+
+    Args:
+        task: makes the loss of a prediction: called with (model, prediction, graph, batch).
+        work: a `Workload`.
+    """
+    with torch.device("meta"):
+        model = build_model(config)
+    graph, batch = work.graph.to("meta"), work.batch.to("meta")
+    group = None
+    if work.graph_ranks > 1:
+        group = CountedGroup(work.graph_ranks, work.rank)
+        exchange: SharedExchange = graph.exchange
+        graph = replace(graph, exchange=exchange.join(group))
+    conservative = config.forces == "conservative"
+    module = nn.ModuleList(model.layers[begin:end]).to(dtype)
+    nn.ModuleList(model.layers[:begin]).to(dtype)
+    entries, dual_entries = _arrivals(model, begin, graph) if begin else (None, None)
+    if group is not None:
+        group.traffic.read()
+    set_recompute(model, recompute, group)
+    stage = Stage(model, begin, end)
+    words: list[int] = []
+
+    def receive(entries: Any) -> tuple[Tensor | None, Any]:
+        if entries is None:
+            return None, None
+        size = max(1, sum(entry.words for entry in entries if entry is not None))
+        flat = torch.empty(size, device="meta").requires_grad_()
+        return flat, unpack(flat.clone(), entries)
+
+    def send(leaves: Any) -> Tensor:
+        flat, _ = pack(leaves)
+        words.append(len(flat))
+        return flat
+
+    def step() -> Tensor:
+        if not conservative:
+            _, arrived = receive(entries)
+            state = stage.state(graph, arrived)
+            if not stage.last:
+                return send(stage.leaves(state)).sum()
+            return task(model, stage.prediction(state, graph), graph, batch)
+        flat, arrived = receive(entries)
+        at, positions = at_positions(graph)
+        state = stage.state(at, arrived)
+        value = stage.atom_energies(state, at).sum() if stage.last else send(stage.leaves(state)).sum()
+        del state
+        torch.autograd.grad(value, [positions, *([] if flat is None else [flat])])
+        del value, arrived, flat
+        _, arrived = receive(dual_entries)
+        dual = stage.dual_state(graph, torch.zeros_like(graph.positions), arrived)
+        if not stage.last:
+            return send(stage.dual_leaves(dual)).sum()
+        energies, derivatives = stage.dual_energies(dual, graph)
+        return energies.sum() + derivatives.sum()
+
+    known: list[Tensor] = [*batch.tensors().values(), *model.parameters(), *model.buffers()]
+    graph.map(lambda x: known.append(x) or x)  # type: ignore[func-returns-value]
+    names = layer_names(model)
+    layers = {names[number]: model.layers[number] for number in range(begin, end)}
+    traced = trace_step(module, step, layers, known)
+    tallies = group.traffic.read().values() if group is not None else []
+    return StageTrace(
+        traced,
+        {name: p.numel() for name, p in module.named_parameters() if p.requires_grad},
+        sum(tally.bytes for tally in tallies),
+        sum(tally.calls for tally in tallies),
+        2 * 4 * sum(words),
+    )
+
+
+def _arrivals(model: LayeredModel, begin: int, graph: Any) -> tuple[Any, Any]:
+    """What the layers before send: their state, and it with tangents."""
+    before = Stage(model, 0, begin)
+    with torch.no_grad():
+        state = before.leaves(before.state(graph))
+        entries = pack(state)[1]
+        config: Any = getattr(model, "config", None)
+        if config is None or config.forces != "conservative":
+            return entries, None
+        dual = before.dual_leaves(before.dual_state(graph, torch.zeros_like(graph.positions)))
+        return entries, pack(dual)[1]
