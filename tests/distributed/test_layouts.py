@@ -7,14 +7,14 @@ all the selected cases of a world.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
-from itertools import combinations, product
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from spawn import spawn
+from matrix import covering, difference, marked, measured_together
 from torch import Tensor
 from toy import samples
 
@@ -70,6 +70,10 @@ class Case(NamedTuple):
         return ", ".join(words + ["clipped"] * bool(self.clip) + ["control"] * self.wrong)
 
     @property
+    def ranks(self) -> int:
+        return self.graph * self.data
+
+    @property
     def choices(self) -> tuple:
         """The values of which every two are to meet."""
         one, layout = self.combination, (self.graph, self.data)
@@ -108,25 +112,6 @@ CONTROLS = [
     )
     for optimizer in ("sgd", "")
 ]
-
-
-def covering(cases: list[Case]) -> list[Case]:
-    """Some of the cases, in which every two values of `choices` that meet in any meet in one."""
-
-    def meetings(case: Case) -> set[tuple]:
-        return set(combinations(enumerate(case.choices), 2))
-
-    missing, chosen = set().union(*map(meetings, cases)), []
-    while missing:
-        chosen.append(max(cases, key=lambda case: len(missing & meetings(case))))
-        missing -= meetings(chosen[-1])
-    return chosen
-
-
-def marked(cases: list[Case], quick: Iterable[Case]) -> list[Any]:
-    """As parameters of a test; those that are not quick for `make test-all`."""
-    quick = set(quick)
-    return [pytest.param(case, id=case.name, marks=() if case in quick else pytest.mark.full) for case in cases]
 
 
 @cache
@@ -281,30 +266,10 @@ def _own_total(self: Any, x: Tensor) -> Tensor:
 
 # The test
 
-#: Cases that ranks are started for at a time.
-BATCH = 60
-
 
 @pytest.fixture(scope="module")
 def measured(request: pytest.FixtureRequest) -> Callable[[Case], Any]:
-    """What a case gives, measured along with all others of its world that were selected."""
-    selected = [item.callspec.params["case"] for item in request.session.items if item.fspath == request.path]
-    kept: dict[Case, Any] = {}
-
-    def find(case: Case) -> Any:
-        if case not in kept:
-            ranks = case.graph * case.data
-            others = [one for one in selected if one.graph * one.data == ranks and one not in kept]
-            batch = [case, *(one for one in others if one != case)][:BATCH]
-            try:
-                kept.update(zip(batch, spawn(ranks, measure, batch, timeout=1800)[0], strict=True))
-            except AssertionError as error:
-                kept.update(dict.fromkeys(batch, error))
-        if isinstance(kept[case], AssertionError):
-            raise kept[case]
-        return kept[case]
-
-    return find
+    return measured_together(request, measure)
 
 
 ALL = MATRIX + CLIPPED + THREE
@@ -327,8 +292,3 @@ def test_every_legal_combination_is_one_process(
         error, allowed = measured(case), GRADIENT_TOLERANCE
     record_property("deviation", error)
     assert error > NOTICED * allowed if case.wrong else error < allowed
-
-
-def difference(found: list[float], wanted: list[float]) -> float:
-    """The largest relative one."""
-    return max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
