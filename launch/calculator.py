@@ -29,8 +29,9 @@ class Calculator(AseCalculator):
         checkpoint: a checkpoint, or a run directory (its latest).
         device: "cpu", "cuda", ...; by default a GPU if there is one.
         dtype: precision of the computation; float64 makes relaxations smoother.
-        mesh: spread each structure over the ranks of its graph group (`Mesh.of_world(device, graph=P)`), for structures
-            that do not fit one device. Every rank runs the same script with the same structures and has whole results.
+        mesh: spread each structure over the ranks of its graph group, or the model over stages
+            (`Mesh.of_world(device, graph=P, pipe=S)`), for what does not fit one device. Every rank runs the same
+            script with the same structures and has whole results.
 
     Raises:
         ValueError: if there is no whole checkpoint; from `calculate`, if the structure makes no sense or holds an
@@ -51,7 +52,7 @@ class Calculator(AseCalculator):
         super().__init__(**kwargs)
         if mesh is not None and device is not None and torch.device(device) != mesh.device:
             raise ValueError(f"device is {device}, but this rank of the mesh is on {mesh.device}; leave device out")
-        trained = load_trained(checkpoint)
+        trained = load_trained(checkpoint, mesh)
         if trained.model.config.forces == "none":
             self.implemented_properties = ["energy"]
         self.mesh = mesh

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from egnscale.launch.relax_command import add_relaxation_arguments, relax_options
+from egnscale.launch.relax_command import add_pipe_argument, add_relaxation_arguments, relax_options
 
 if TYPE_CHECKING:
     from egnscale.data.dataset import Dataset
     from egnscale.data.sample import Sample
     from egnscale.launch.reference import Reference
-    from egnscale.launch.run_files import TrainedModel
+    from egnscale.launch.run_files import TrainedModel, TrainedRun
     from egnscale.launch.submission import Arrays
     from egnscale.scaling.layout import Mesh
 
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--graph", type=int, default=1, metavar="P", help="ranks that share each graph, under a launcher (default 1)"
     )
+    add_pipe_argument(parser)
     parser.add_argument("--all-atoms", action="store_true", help="count forces of fixed atoms too")
     parser.add_argument("--max-structures", type=int, metavar="N", help="the first N of each split (default: all)")
     parser.add_argument(
@@ -70,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     relaxed = args.task != "s2ef"
     batch_size = (64 if relaxed else 8) if args.batch_size is None else args.batch_size
-    if batch_size < 1 or args.workers < 0 or args.graph < 1:
-        raise ValueError("--batch-size and --graph must be at least 1 and --workers at least 0")
+    if min(batch_size, args.graph, args.pipe) < 1 or args.workers < 0:
+        raise ValueError("--batch-size, --graph and --pipe must be at least 1 and --workers at least 0")
     if args.max_structures is not None and args.max_structures < 1:
         raise ValueError("--max-structures must be at least 1")
     _check(args, relaxed)
@@ -79,17 +80,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
 
     from egnscale.launch.relaxation_tables import task_table
-    from egnscale.launch.run_files import load_trained
+    from egnscale.launch.run_files import load_trained, read_trained
     from egnscale.launch.submission import write_predictions
     from egnscale.scaling.engine import once, start_world
     from egnscale.scaling.failure import watched
     from egnscale.scaling.layout import Mesh
 
-    trained = load_trained(args.checkpoint)
-    _check_model(args, trained)
+    checkpoint = read_trained(args.checkpoint)
+    _check_model(args, checkpoint)
     world = start_world()
     with watched(world.rank, world.size, f"egnscale {args.command}"):
-        mesh = Mesh.of_world(world.device, graph=args.graph)
+        mesh = Mesh.of_world(world.device, graph=args.graph, pipe=args.pipe)
+        trained = load_trained(checkpoint, mesh)
         evaluate = _evaluate_relaxed if relaxed else _evaluate
         results, predictions = evaluate(args, trained, mesh, batch_size)
         if args.predictions is not None:
@@ -140,9 +142,9 @@ def _check(args: argparse.Namespace, relaxed: bool) -> None:
     relax_options(args)
 
 
-def _check_model(args: argparse.Namespace, trained: TrainedModel) -> None:
+def _check_model(args: argparse.Namespace, trained: TrainedRun) -> None:
     """Arguments that do not go together with the model."""
-    if trained.model.config.forces != "none":
+    if trained.config.forces != "none":
         return
     if args.task != "is2re":
         raise ValueError(f"{trained.path}: the model predicts no forces; use --task is2re")
@@ -171,9 +173,11 @@ def _evaluate(
     from egnscale.launch.evaluation import evaluate_s2ef
     from egnscale.launch.loading import make_loader, validation_splits
     from egnscale.launch.relaxation_folder import names_of
+    from egnscale.launch.run_files import together
     from egnscale.launch.s2ef_predictions import Recorder, predict_s2ef
 
     model = trained.model.to(mesh.device)
+    predict, at_once = together(model)
     results: Results = {}
     predictions: dict[str, Arrays] = {}
     quiet = args.json or mesh.rank > 0 or not sys.stderr.isatty()
@@ -193,18 +197,19 @@ def _evaluate(
             recorder = Recorder(mesh, full_precision=args.full_precision)
             if labelled:
                 results[name] = evaluate_s2ef(
-                    model,
+                    predict,
                     loader,
                     trained.normalizer,
                     mesh.device,
                     place=mesh.place,
+                    at_once=at_once,
                     free_atoms_only=not args.all_atoms,
                     reduce=mesh.sum_over_data,
                     record=recorder if args.predictions is not None else _ignore,
                     observe=observe,
                 )
             else:
-                predict_s2ef(model, loader, trained.normalizer, mesh, recorder, observe)
+                predict_s2ef(predict, loader, trained.normalizer, mesh, recorder, observe, at_once)
             if args.predictions is not None:
                 predictions[name] = recorder.arrays(store, count)
     return results, predictions
@@ -271,7 +276,8 @@ def _evaluate_relaxed(
             mesh,
             batch_size=batch_size,
             out=None if args.out is None else args.out / split.name,
-            settings=settings_of(trained, options, args.dtype) | {"input": str(split.samples.store.path.resolve())},
+            settings=settings_of(trained.path, options, args.dtype)
+            | {"input": str(split.samples.store.path.resolve())},
             quiet=args.json or mesh.rank > 0,
         )
         predictions[split.name] = done.predictions

@@ -27,12 +27,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to write; what was stopped there goes on")
     add_relaxation_arguments(parser)
+    add_pipe_argument(parser)
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument(
         "--traj",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="write every step to OUT/trajectories (default: yes)",
+    )
+
+
+def add_pipe_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pipe",
+        type=int,
+        default=1,
+        metavar="S",
+        help="stages that the model's layers are spread over, under a launcher (default 1)",
     )
 
 
@@ -70,8 +81,8 @@ def relax_options(args: argparse.Namespace) -> RelaxOptions:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.batch_size < 1:
-        raise ValueError("--batch-size must be at least 1")
+    if args.batch_size < 1 or args.pipe < 1:
+        raise ValueError("--batch-size and --pipe must be at least 1")
     options = relax_options(args)
 
     import torch
@@ -80,41 +91,42 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from egnscale.launch.relax_work import relax_into, settings_of
     from egnscale.launch.relaxation import NO_FORCES, Potential
     from egnscale.launch.relaxation_folder import RelaxationFolder, names_of, summary
-    from egnscale.launch.run_files import load_trained
+    from egnscale.launch.run_files import load_trained, read_trained
     from egnscale.launch.structures import read_structures
     from egnscale.scaling.engine import start_world
     from egnscale.scaling.failure import watched
     from egnscale.scaling.layout import Mesh
 
-    trained = load_trained(args.checkpoint)
-    samples = read_structures(args.structures, trained.model.config.num_elements)
+    checkpoint = read_trained(args.checkpoint)
+    samples = read_structures(args.structures, checkpoint.config.num_elements)
     names = names_of(args.structures, samples.sid, samples.fid)
     world = start_world()
     device = _device(args.device, world.size, world.device)
-    settings = settings_of(trained, options, args.dtype) | {
+    settings = settings_of(checkpoint.path, options, args.dtype) | {
         "trajectories": args.traj,
         "input": str(args.structures.resolve()),
     }
     folder = RelaxationFolder(args.out, names, settings)
     start = time.monotonic()
     with watched(world.rank, world.size, f"egnscale {args.command}"):
-        potential = Potential.of(trained, device, getattr(torch, args.dtype))
+        mesh = Mesh.of_world(world.device, pipe=args.pipe)
+        potential = Potential.of(load_trained(checkpoint, mesh), device, getattr(torch, args.dtype))
         if not potential.has_forces:
-            raise ValueError(f"{trained.path}: {NO_FORCES}")
+            raise ValueError(f"{checkpoint.path}: {NO_FORCES}")
         results = relax_into(
             folder,
             samples,
             potential,
             options,
-            Mesh.of_world(world.device),
+            mesh,
             batch_size=args.batch_size,
             trajectories=args.traj,
             retry=True,
             quiet=args.json or not world.is_main,
         )
     report = {
-        "checkpoint": str(trained.path),
-        "step": trained.run["step"],
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.run["step"],
         "out": str(args.out),
         **summary(results, names),
         "seconds": round(time.monotonic() - start, 2),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from egnscale.launch.relaxation import Potential, Relaxed, RelaxOptions, relax
 from egnscale.launch.relaxation_folder import RelaxationFolder
-from egnscale.launch.run_files import TrainedModel
 from egnscale.launch.structures import Structures
 from egnscale.scaling.engine import once
 from egnscale.scaling.layout import Mesh
@@ -25,10 +25,10 @@ from egnscale.scaling.layout import Mesh
 _SECONDS = 30.0
 
 
-def settings_of(trained: TrainedModel, options: RelaxOptions, dtype: str) -> dict[str, Any]:
+def settings_of(checkpoint: Path, options: RelaxOptions, dtype: str) -> dict[str, Any]:
     """What decides the results of relaxations, besides the structures."""
     flat = asdict(options)
-    return {"checkpoint": str(trained.path.resolve()), "dtype": dtype, **flat.pop("optimizer"), **flat}
+    return {"checkpoint": str(checkpoint.resolve()), "dtype": dtype, **flat.pop("optimizer"), **flat}
 
 
 def share_of(samples: Structures, mesh: Mesh) -> list[int]:
@@ -149,7 +149,8 @@ def relax_into(
                 title=title,
                 done=len(share) - len(missing),
             ):
-                folder.save(relaxed)
+                if mesh.stage == 0:  # the other stages have the same
+                    folder.save(relaxed)
             patience.wait()
             once(lambda: folder.finish(samples))
     finally:

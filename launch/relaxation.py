@@ -31,9 +31,10 @@ from torch import Tensor, nn
 
 from egnscale.data.batch import Collate
 from egnscale.data.sample import Sample
+from egnscale.data.sampler import deal
 from egnscale.launch.lbfgs import LBFGS, LBFGSOptions
 from egnscale.launch.loading import graph_spec
-from egnscale.launch.run_files import TrainedModel
+from egnscale.launch.run_files import TrainedModel, together
 from egnscale.launch.tasks import Normalizer
 from egnscale.models import AtomModel
 
@@ -134,11 +135,27 @@ class Potential:
     @torch.no_grad()
     def predict(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
         """As calling it, but with None for the forces of a model that has none."""
-        graph, _ = self.collate(samples)
-        prediction = self.normalizer.physical(self.model(graph.to(self.device)))
+        predict, at_once = together(self.model)
+        sizes = np.array([sample.num_atoms for sample in samples])
+        parts = (
+            [part.tolist() for part in deal(sizes, min(at_once, len(samples)))]
+            if at_once > 1
+            else [list(range(len(samples)))]
+        )
+        graphs = [self.collate([samples[index] for index in part])[0].to(self.device) for part in parts]
+        predictions = [self.normalizer.physical(found) for found in predict(graphs)]
+        # Back in the order of the samples.
+        back = np.argsort(np.concatenate(parts), kind="stable")
         # Detached: forces that are a gradient may come with the graph that made them.
-        forces = None if prediction.forces is None else prediction.forces.detach().double().cpu()
-        return prediction.energy.detach().double().cpu(), forces
+        energies = torch.cat([found.energy.detach().double().cpu() for found in predictions])[back]
+        if predictions[0].forces is None:
+            return energies, None
+        of_samples = [
+            rows
+            for part, found in zip(parts, predictions, strict=True)
+            for rows in found.forces.detach().double().cpu().split(sizes[part].tolist())  # type: ignore[union-attr]
+        ]
+        return energies, torch.cat([of_samples[index] for index in back])
 
     @property
     def has_forces(self) -> bool:
@@ -147,7 +164,9 @@ class Potential:
 
     @property
     def lanes(self) -> int:
-        """How many threads serve a batch best."""
+        """How many threads serve a batch best. All stages of a pipeline must come to the same one."""
+        if together(self.model)[1] > 1:
+            return 1
         return torch.get_num_threads() if self.device.type == "cpu" else 2
 
     @property

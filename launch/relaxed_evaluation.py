@@ -129,7 +129,7 @@ def evaluate_split(
             relax_share(split.samples, share, potential, options, batch_size=batch_size, quiet=quiet, title=split.name)
         )
         patience.wait()
-        everywhere = [relaxed for part in gather_over_ranks(results) for relaxed in part]
+        everywhere = [relaxed for part in gather_over_ranks(results if mesh.stage == 0 else []) for relaxed in part]
     else:
         folder = RelaxationFolder(
             out, names_of(split.samples.store.path, split.samples.sid, split.samples.fid), settings or {}
@@ -159,9 +159,8 @@ def _direct(split: Split, potential: Potential, mesh: Mesh, share: list[int], ba
         samples = [split.samples[index] for index in part]
         energies, _ = potential.predict(samples)
         results += zip(part, samples, energies.tolist(), strict=True)
-    everywhere = sorted(
-        row for rows in gather_over_ranks([(i, sample.sid, e) for i, sample, e in results]) for row in rows
-    )
+    own = [(i, sample.sid, e) for i, sample, e in results] if mesh.stage == 0 else []
+    everywhere = sorted(row for rows in gather_over_ranks(own) for row in rows)
     predictions = is2re_predictions([sid for _, sid, _ in everywhere], [energy for *_, energy in everywhere])
     return Evaluated(_is2re(split, [(sample, energy) for _, sample, energy in results], mesh), predictions, [])
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 from egnscale.launch.config import RunConfig
 from egnscale.launch.tasks import Normalizer
 from egnscale.launch.weights import open_weights
-from egnscale.models import AtomModel, AtomModelConfig, build_model, model_config
+from egnscale.models import AtomModel, AtomModelConfig, ExtendedGraph, Prediction, build_model, model_config
 from egnscale.scaling.checkpoint import find_checkpoint, verify_checkpoint
+from egnscale.scaling.layout import Mesh
 
 WEIGHTS = "model.safetensors"
 RUN = "run.json"
@@ -28,7 +30,7 @@ FORMAT = 1
 class TrainedModel:
     """A model ready for use, in fp32 on the CPU."""
 
-    model: AtomModel
+    model: AtomModel  #: or a `StagedInference`, which is called alike
     normalizer: Normalizer
     run: dict[str, Any]  #: the checkpoint's run.json
     path: Path
@@ -118,13 +120,22 @@ def read_trained(path: str | Path) -> TrainedRun:
     return TrainedRun(config, normalizer, run, checkpoint)
 
 
-def load_trained(path: str | Path) -> TrainedModel:
+def load_trained(path: str | Path | TrainedRun, mesh: Mesh | None = None) -> TrainedModel:
     """The model of a checkpoint (or of a run's latest one), with the weights meant for use.
+
+    Args:
+        path: or what `read_trained` gave.
+        mesh: with several stages, each gets its layers only.
 
     Raises:
         ValueError: if there is no whole checkpoint, or it does not fit.
     """
-    trained = read_trained(path)
+    trained = path if isinstance(path, TrainedRun) else read_trained(path)
+    if mesh is not None and mesh.layout.pipe > 1:
+        from egnscale.launch.staged_inference import StagedInference
+
+        staged: Any = StagedInference(trained.config, trained.path / WEIGHTS, mesh)
+        return TrainedModel(staged.eval(), trained.normalizer, trained.run, trained.path)
     model = build_model(trained.config)
     with open_weights(trained.path / WEIGHTS) as weights:
         weights.check_fit({name: value.shape for name, value in model.state_dict().items()})
@@ -132,3 +143,10 @@ def load_trained(path: str | Path) -> TrainedModel:
             for name, value in model.state_dict().items():
                 value.copy_(weights[name])
     return TrainedModel(model.eval(), trained.normalizer, trained.run, trained.path)
+
+
+def together(model: Any) -> tuple[Callable[[Sequence[ExtendedGraph]], Sequence[Prediction]], int]:
+    """A trained model as what is given several graphs, and how many it likes to have."""
+    if hasattr(model, "at_once"):
+        return model.predict, model.at_once
+    return lambda graphs: [model(graph) for graph in graphs], 1

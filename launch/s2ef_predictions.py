@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 import numpy as np
 import torch
 
 from egnscale.data.batch import AtomBatch
 from egnscale.data.dataset import Dataset
+from egnscale.launch.evaluation import Predict
 from egnscale.launch.submission import Arrays, s2ef_predictions
 from egnscale.launch.tasks import Normalizer
 from egnscale.models import ExtendedGraph, Prediction
@@ -25,7 +27,7 @@ class Recorder:
         evaluate_s2ef(..., record=recorder)
         arrays = recorder.arrays(store)
 
-    Calling it is collective over ranks that share a graph, `arrays` over all.
+    Calling it is collective over ranks that share a graph or have other layers, `arrays` over all.
     """
 
     def __init__(self, mesh: Mesh, *, full_precision: bool = False) -> None:
@@ -43,7 +45,7 @@ class Recorder:
         # Collected together, so that ranks exchange once: whether an atom is fixed is known to the rank that owns it.
         rows = torch.cat([prediction.forces.double(), batch.fixed[:, None].double()], dim=1)
         rows = self.mesh.collect(rows, graph).cpu()
-        if self.mesh.graph_rank > 0:
+        if self.mesh.graph_rank > 0 or self.mesh.stage > 0:
             return
         keys = zip(batch.sid.tolist(), batch.fid.tolist(), strict=True)
         for key, energy, own in zip(
@@ -64,15 +66,19 @@ class Recorder:
 
 @torch.no_grad()
 def predict_s2ef(
-    predict: Callable[[ExtendedGraph], Prediction],
+    predict: Predict,
     batches: Iterable[tuple[ExtendedGraph, AtomBatch]],
     normalizer: Normalizer,
     mesh: Mesh,
     record: Recorder,
     observe: Callable[[AtomBatch], None],
+    at_once: int = 1,
 ) -> None:
-    """Predict structures that have no labels."""
-    for graph, batch in batches:
-        graph, batch = mesh.place(graph), batch.to(mesh.device)
-        record(normalizer.physical(predict(graph)), graph, batch)
-        observe(batch)
+    """Predict structures that have no labels, so many graphs at once."""
+    batches = iter(batches)
+    while some := list(islice(batches, at_once)):
+        graphs = [mesh.place(graph) for graph, _ in some]
+        for graph, (_, batch), prediction in zip(graphs, some, predict(graphs), strict=True):
+            batch = batch.to(mesh.device)
+            record(normalizer.physical(prediction), graph, batch)
+            observe(batch)

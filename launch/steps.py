@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -167,8 +167,3 @@ class StagedComputation:
     def _place(self, read: Read, counts: Counts) -> MicroBatch:
         graph, atoms = read
         return MicroBatch(self.mesh.place(graph), atoms.to(self.mesh.device), counts.divisors)
-
-
-def one_by_one(predict: Callable[[ExtendedGraph], Any]) -> Callable[[Sequence[ExtendedGraph]], list[Prediction]]:
-    """A model, as what is given several graphs."""
-    return lambda graphs: [predict(graph) for graph in graphs]

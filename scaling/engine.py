@@ -220,7 +220,7 @@ class Engine:
     Args:
         module: computes the loss: `module(*args)` is what `engine(*args)` returns. Parameters on the meta device are
             another stage's.
-        optimizer: over the module's parameters.
+        optimizer: over the module's parameters; None: only to predict.
         ds_config: a complete DeepSpeed configuration (`egnscale.scaling.ds_config`).
         world: this process.
         wrapped: what DeepSpeed gets in place of the module.
@@ -233,7 +233,7 @@ class Engine:
     def __init__(
         self,
         module: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         ds_config: dict[str, Any],
         world: World,
         *,

@@ -106,7 +106,7 @@ class Pipeline(Engine):
     Args:
         module: holds the parameters of the whole model; those of other stages are on the meta device.
         layers: of this stage.
-        optimizer: over their parameters.
+        optimizer: over their parameters; None: only to predict.
         ds_config: a complete DeepSpeed configuration, with as many gradient accumulation steps as micro-batches.
         world: this process.
         stages: how many there are; ranks of a stage are consecutive.
@@ -119,7 +119,7 @@ class Pipeline(Engine):
         self,
         module: nn.Module,
         layers: Sequence[nn.Module],
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         ds_config: dict[str, Any],
         world: World,
         stages: int,
