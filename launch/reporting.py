@@ -2,8 +2,8 @@
 
 The log is two CSV files that any tool reads, `log.csv` (one row per `log_every` steps) and `eval.csv` (one per
 evaluation and split), and the same numbers for TensorBoard. Where ranks share graphs, `exchanges.csv` says what rank 0
-exchanged, layer by layer; with `task.log_norms`, `norms.csv` says how large each layer's numbers are. Energies eV,
-forces eV/A; people are shown meV.
+exchanged, layer by layer; in a pipeline, `pipeline.csv` says how long each stage computed and waited; with
+`task.log_norms`, `norms.csv` says how large each layer's numbers are. Energies eV, forces eV/A; people are shown meV.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 
     from egnscale.launch.norms import Norm
     from egnscale.scaling.collectives import Site, Tally
+    from egnscale.scaling.pipeline import StageTime
 
 TRAIN_LOG = "log.csv"
 EVAL_LOG = "eval.csv"
 EXCHANGE_LOG = "exchanges.csv"
 NORM_LOG = "norms.csv"
+PIPELINE_LOG = "pipeline.csv"
 PLOT = "training.png"
 NORM_PLOT = "norms.png"
 TENSORBOARD = "tensorboard"
@@ -63,7 +65,7 @@ class RunLog:
         #: Files that a run may do without.
         self._others = {
             name: _CsvLog(self.directory / name, resume_step)
-            for name in (EXCHANGE_LOG, NORM_LOG)
+            for name in (EXCHANGE_LOG, NORM_LOG, PIPELINE_LOG)
             if (self.directory / name).exists()
         }
         self._resume_step = resume_step
@@ -84,6 +86,13 @@ class RunLog:
         """Add to `exchanges.csv` what one rank exchanged in a step, by layer and verb."""
         for site, tally in tallies.items():
             self._other(EXCHANGE_LOG).add({"step": step, **site._asdict(), **asdict(tally)})
+
+    def stages(self, step: int, times: Sequence[StageTime]) -> None:
+        """Add to `pipeline.csv` what each stage of a pipeline did in a step."""
+        for stage, (computing, total) in enumerate(times):
+            self._other(PIPELINE_LOG).add(
+                {"step": step, "stage": stage, "computing": computing, "waiting": total - computing}
+            )
 
     def norms(self, step: int, norms: Iterable[Norm]) -> None:
         """Add to `norms.csv` how large each layer's numbers were in a step."""

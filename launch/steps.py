@@ -20,9 +20,9 @@ from egnscale.launch.pipelining import MicroBatch, StagedModel
 from egnscale.launch.tasks import IS2RE, S2EF
 from egnscale.models import ExtendedGraph, Prediction
 from egnscale.models.scale_factors import fit_scale_factors
-from egnscale.scaling.engine import Engine, sum_over_ranks
+from egnscale.scaling.engine import Engine, gather_over_ranks, sum_over_ranks
 from egnscale.scaling.layout import Mesh
-from egnscale.scaling.pipeline import Pipeline
+from egnscale.scaling.pipeline import Pipeline, StageTime
 
 #: A batch as the loader gives it.
 Read = tuple[ExtendedGraph, AtomBatch]
@@ -77,6 +77,10 @@ class Computation(Protocol):
 
     def fit_scale_factors(self, graphs: Sequence[ExtendedGraph]) -> dict[str, float]: ...
 
+    def stage_times(self) -> list[StageTime]:
+        """What the stages did since the last time, the first replica's; none where there is one stage."""
+        ...
+
     @property
     def at_once(self) -> int:
         """How many graphs `predict` likes to have."""
@@ -119,6 +123,9 @@ class WholeModel:
     def fit_scale_factors(self, graphs: Sequence[ExtendedGraph]) -> dict[str, float]:
         with self.engine.calling_module():
             return fit_scale_factors(self.objective.model, graphs, reduce=self.mesh.sum_over_data)
+
+    def stage_times(self) -> list[StageTime]:
+        return []
 
     def _place(self, read: Read) -> Read:
         graph, atoms = read
@@ -163,6 +170,11 @@ class StagedComputation:
 
     def fit_scale_factors(self, graphs: Sequence[ExtendedGraph]) -> dict[str, float]:
         return self.staged.fit_scale_factors(graphs, self.mesh.sum_over_data)
+
+    def stage_times(self) -> list[StageTime]:
+        every = gather_over_ranks(self.engine.times())
+        layout = self.mesh.layout
+        return [every[layout.rank(pipe=stage)] for stage in range(layout.pipe)]
 
     def _place(self, read: Read, counts: Counts) -> MicroBatch:
         graph, atoms = read

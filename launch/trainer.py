@@ -74,7 +74,7 @@ from egnscale.scaling.engine import (
 from egnscale.scaling.flat import flatten_layers
 from egnscale.scaling.layout import Mesh
 from egnscale.scaling.memory import peak_memory
-from egnscale.scaling.pipeline import Pipeline
+from egnscale.scaling.pipeline import Pipeline, StageTime, bubble, stage_imbalance
 from egnscale.scaling.planner import MACHINES
 from egnscale.scaling.recompute import set_recompute
 
@@ -558,6 +558,7 @@ class Trainer:
                 last = self.step == self.total_steps
                 bar.update(self.step, loss=sums.loss, atoms_per_second=sums.atoms / elapsed)
                 exchanged = self.mesh.traffic()
+                of_stages = self.computation.stage_times()
                 if log and (self.step % config.task.log_every == 0 or last):
                     log.train(
                         self.step,
@@ -571,8 +572,10 @@ class Trainer:
                         exchanged_mb=added(exchanged.values()).bytes / 1e6,
                         exchange_wait=added(exchanged.values()).seconds,
                         seconds=self.seconds,
+                        **self._pipe_columns(of_stages),
                         **self._fp16_columns(),
                     )
+                    log.stages(self.step, of_stages)
                     log.exchanges(self.step, exchanged)
                 if log:
                     log.norms(self.step, sums.norms)
@@ -604,7 +607,12 @@ class Trainer:
     def _open_log(self) -> RunLog | None:
         if not self.world.is_main:
             return None
-        return RunLog(self.directory, resume_step=self.step, columns=tuple(self._fp16_columns()))
+        return RunLog(self.directory, resume_step=self.step, columns=(*self._pipe_columns([]), *self._fp16_columns()))
+
+    def _pipe_columns(self, times: Sequence[StageTime]) -> dict[str, float]:
+        if self.config.parallel.pipe == 1:
+            return {}
+        return {"bubble": bubble(times), "stage_imbalance": stage_imbalance(times)}
 
     def _fp16_columns(self) -> dict[str, float]:
         if self.config.parallel.precision != "fp16":
@@ -633,6 +641,7 @@ class Trainer:
     def _train_step(self, batches: Iterator[Read]) -> StepSums:
         """One optimizer step."""
         self.mesh.traffic()  # what evaluation exchanged is no part of a step
+        self.computation.stage_times()  # nor is what it computed
         self.engine.train()
         every = self.config.task.log_norms
         norms = self.norms if every and (self.step + 1) % every == 0 else None

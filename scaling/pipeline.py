@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -41,6 +41,18 @@ _PRIVATE = (
 _COMPUTING = (instructions.ForwardPass, instructions.BackwardPass)
 
 
+def bubble(times: Sequence[StageTime]) -> float:
+    """Which part of the time stages did not compute, given the times of them all."""
+    total = sum(time.total for time in times)
+    return 1 - sum(time.computing for time in times) / total if total else 0.0
+
+
+def stage_imbalance(times: Sequence[StageTime]) -> float:
+    """The longest over the mean time that a stage computed; 1 is perfect."""
+    computing = [time.computing for time in times]
+    return max(computing) * len(computing) / sum(computing) if sum(computing) else 1.0
+
+
 def check_deepspeed() -> None:
     """Raises ValueError if this DeepSpeed lacks a private name that pipelines need."""
     missing = [name for name in _PRIVATE if not hasattr(PipelineEngine, name)]
@@ -52,17 +64,22 @@ def check_deepspeed() -> None:
         )
 
 
-@dataclass
-class StageTimes:
-    """Seconds that a stage has computed, and those of the passes as a whole: the rest is waiting and sending."""
+class StageTime(NamedTuple):
+    """Seconds of a stage's passes: those that it computed, and all of them. The rest is waiting and sending."""
 
+    computing: float
+    total: float
+
+
+@dataclass
+class _Stopwatch:
     computing: float = 0.0
     total: float = 0.0
     _events: list[tuple[Any, Any, bool]] = field(default_factory=list)
 
     @contextmanager
     def measure(self, device: torch.device, *, computing: bool) -> Iterator[None]:
-        """On a GPU by its own clock, which is read by `settle`."""
+        """On a GPU by its own clock, which `read` looks at."""
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -74,11 +91,15 @@ class StageTimes:
         yield
         self._add(time.perf_counter() - started, computing=computing)
 
-    def settle(self) -> None:
+    def read(self) -> StageTime:
+        """Since the last time."""
         for begin, end, computing in self._events:
             end.synchronize()
             self._add(begin.elapsed_time(end) / 1000, computing=computing)
         self._events.clear()
+        found = StageTime(self.computing, self.total)
+        self.computing = self.total = 0.0
+        return found
 
     def _add(self, seconds: float, *, computing: bool) -> None:
         if computing:
@@ -127,7 +148,7 @@ class Pipeline(Engine):
         check_deepspeed()
         ranks = world.size // stages
         self.stages, self.stage = stages, world.rank // ranks
-        self.times = StageTimes()
+        self._watch = _Stopwatch()
         self._body = _Body(layers)
         whole: list[nn.Module] = [nn.Identity() for _ in range(stages)]
         whole[self.stage] = self._body
@@ -144,6 +165,10 @@ class Pipeline(Engine):
     @property
     def last(self) -> bool:
         return self.stage == self.stages - 1
+
+    def times(self) -> StageTime:
+        """What this stage's passes took, since the last time. Local."""
+        return self._watch.read()
 
     # Passes
 
@@ -236,7 +261,7 @@ class Pipeline(Engine):
         self._marks = marks
         self._body.compute = lambda inputs: self._compute(compute, inputs)
         try:
-            with self.times.measure(self.world.device, computing=False):
+            with self._watch.measure(self.world.device, computing=False):
                 engine._exec_schedule(schedule)
         finally:
             del engine._INSTRUCTION_MAP
@@ -249,7 +274,7 @@ class Pipeline(Engine):
             return function
 
         def timed(engine: Any, buffer_id: int) -> None:
-            with self.times.measure(self.world.device, computing=True):
+            with self._watch.measure(self.world.device, computing=True):
                 function(engine, buffer_id)
 
         return timed

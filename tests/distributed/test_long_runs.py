@@ -1,9 +1,10 @@
-"""Long-run hygiene over two ranks, under every ZeRO stage: norms, names of what is not finite, rollbacks."""
+"""Long-run hygiene over two ranks, under every ZeRO stage and in a pipeline: norms, what is not finite, rollbacks."""
 
 from __future__ import annotations
 
 import csv
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ NORMS: dict[str, list[str]] = {
     "zero 2, data 2": ["parallel={zero: 2}", "optim.batch_size=1"],
     "zero 3, data 2": ["parallel={zero: 3}", "optim.batch_size=1"],
     "conservative, zero 1": [*CONSERVATIVE, "parallel={zero: 1, graph: 2, recompute: block}"],
+}
+PIPELINES: dict[str, list[str]] = {
+    "zero 1, pipe 2": ["parallel={zero: 1, pipe: 2, recompute: selective}"],
+    "conservative, pipe 2": [*CONSERVATIVE, "parallel={zero: 1, pipe: 2, recompute: block}"],
 }
 COMMON = [
     "model.num_blocks=2",
@@ -76,14 +81,13 @@ def expected(world: Any, root: Path, name: str, *overrides: str) -> dict[tuple[s
 
     for number, layer in enumerate(model.layers[:-1]):
         layer.register_forward_hook(keep(number))
-    batches = made._batches()
-    for _ in range(2):
-        graph, atoms = next(batches)
-        counts = torch.tensor([graph.num_systems, int((~atoms.fixed).sum())])
+    batches = list(islice(made._batches(), 2))
+    counts = sum(torch.tensor([graph.num_systems, int((~atoms.fixed).sum())]) for graph, atoms in batches)
+    for graph, atoms in batches:
         loss, prediction = objective(graph, atoms, counts)
         for field, x in prediction._asdict().items():
             seen.setdefault((len(model.layers) - 1, field), []).append(x.flatten())
-        (loss / 2).backward()
+        loss.backward()
     names = [f"{number} {type(layer).__name__}" for number, layer in enumerate(model.layers)]
     found = {
         (names[n], f"rms of {field}"): float(torch.cat(xs).square().mean().sqrt()) for (n, field), xs in seen.items()
@@ -142,11 +146,12 @@ NAMED = {
 }
 
 
-def rolled_back(world: Any, root: Path, zero: int, graph: int) -> tuple[list[dict], dict, bool]:
+def rolled_back(world: Any, root: Path, zero: int, graph: int, pipe: int = 1) -> tuple[list[dict], dict, bool]:
     """A run of which one structure has an infinite label: its rollbacks, its end, whether its weights are finite."""
     made = trainer(
-        world, root, f"back {zero}", f"data.train={root}/corrupt", f"parallel={{zero: {zero}, graph: {graph}}}",
-        f"optim.batch_size={graph}", "optim.max_steps=6", CONSERVATIVE[1], "task.checkpoint_every=1",
+        world, root, f"back {zero} {pipe}", f"data.train={root}/corrupt",
+        f"parallel={{zero: {zero}, graph: {graph}, pipe: {pipe}}}", f"optim.batch_size={graph * pipe}",
+        "optim.max_steps=6", CONSERVATIVE[1], "task.checkpoint_every=1",
         "task.rollback={window: 50, max: 4}", "optim.gradient_accumulation=1",
     )  # fmt: skip
     result = made.run(progress=False)
@@ -165,6 +170,18 @@ def on_rank(world: Any, root: Path) -> dict[str, Any]:
     return {"named": named, "back": {z: rolled_back(world, root, z, g) for z, g in ((0, 2), (1, 1), (2, 2), (3, 2))}}
 
 
+def in_pipeline(world: Any, root: Path) -> dict[str, Any]:
+    """DeepSpeed keeps a pipeline's grid for the whole process, so these have their own."""
+    for name, overrides in PIPELINES.items():
+        trainer(world, root, name, *overrides).run(progress=False)
+    named = {
+        (how, name): poisoned(world, root, name, how, *overrides)
+        for name, overrides in PIPELINES.items()
+        for how in NAMED
+    }
+    return {"named": named, "back": {"pipe": rolled_back(world, root, 1, 1, pipe=2)}}
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("long")
@@ -178,7 +195,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(root: Path) -> list[dict[str, Any]]:
-    return spawn(2, on_rank, root)
+    merged = spawn(2, on_rank, root)
+    for rank, more in zip(merged, spawn(2, in_pipeline, root), strict=True):
+        rank["named"] |= more["named"]
+        rank["back"] |= more["back"]
+    return merged
 
 
 @pytest.mark.parametrize("kind", ["zero", "conservative"])
@@ -187,14 +208,14 @@ def test_norms_are_those_of_plain_torch(found: list[dict], root: Path, kind: str
 
     wanted = expected(start_world(), root, f"plain {kind}", *(CONSERVATIVE if kind == "conservative" else []))
     assert {"rms of h", "rms of m", "gradient norm"} < {quantity for _, quantity in wanted}
-    for name in NORMS:
+    for name in {**NORMS, **PIPELINES}:
         if name.startswith(kind):
             logged = table(root / name.replace(" ", "_").replace(",", ""))
             assert logged == pytest.approx(wanted, rel=2e-4), name
 
 
 @pytest.mark.parametrize("how", NAMED)
-@pytest.mark.parametrize("name", POISONED)
+@pytest.mark.parametrize("name", [*POISONED, *PIPELINES])
 def test_what_is_not_finite_is_named(found: list[dict], root: Path, name: str, how: str) -> None:
     for rank in found:
         error = rank["named"][how, name]
@@ -215,8 +236,8 @@ def test_flattened_layers(root: Path) -> None:
         assert NAMED[how] in poisoned(world, root, "flat", how, *overrides)
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_all_ranks_go_back_together(found: list[dict], zero: int) -> None:
+@pytest.mark.parametrize("zero", [0, 1, 2, 3, "pipe"])
+def test_all_ranks_go_back_together(found: list[dict], zero: int | str) -> None:
     for rollbacks, end, finite in (rank["back"][zero] for rank in found):
         assert [one["step"] - one["to_step"] for one in rollbacks] == [1] * len(rollbacks)
         assert len(rollbacks) in (1, 2)
