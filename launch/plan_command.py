@@ -83,12 +83,13 @@ def _show(result: dict[str, Any], plans: list[Any]) -> None:
         highlight=False,
     )
     table = Table(title="Layouts, the best first")
-    for heading in ("graph", "data", "ZeRO", "recompute", "offload", "batch", "GiB", "fits", "s/step"):
+    for heading in ("pipe", "graph", "data", "ZeRO", "recompute", "offload", "batch", "GiB", "fits", "s/step"):
         table.add_column(heading, justify="left" if heading in ("recompute", "offload", "fits") else "right")
     for plan, record in list(zip(plans, result["plans"], strict=True))[:12]:
         combination = plan.combination
         table.add_row(
-            *(str(plan.layout.graph), str(plan.layout.data), str(combination.zero), combination.recompute),
+            *(str(size) for size in (plan.layout.pipe, plan.layout.graph, plan.layout.data, combination.zero)),
+            combination.recompute,
             *(combination.offload, f"{plan.micro_batch}x{plan.accumulation}", f"{plan.needed / GIB:.2f}"),
             *("yes" if record["fits"] else "no", f"{plan.times.total:.3g}"),
         )

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -355,7 +356,7 @@ class Planner:
         costs = self.costs(layout, combination, micro_batch, accumulation)
         return stage_bounds(costs, layout.pipe, self.config.parallel.stage_cut)
 
-    def combinations(self, *, offload: bool) -> list[Combination]:
+    def combinations(self, *, offload: bool, pipe: int = 1) -> list[Combination]:
         """The legal ones: of conservative models in both ways, unless the configuration says one."""
         parallel = self.config.parallel
         ways: list[Any] = [parallel.second_order]
@@ -364,6 +365,7 @@ class Planner:
         found = every_combination(
             forces=[self.model.forces],
             second_order=ways,
+            pipe=[pipe],
             zero=[0, 1, 2, 3],
             recompute=["none", "selective", "block"],
             precision=[parallel.precision],
@@ -382,7 +384,8 @@ class Planner:
     ) -> list[Plan]:
         """Plans of all layouts of so many ranks that keep the configuration's global batch.
 
-        Micro-batches are those that one, two or four of, or as many as the configuration says, make up the batch.
+        Micro-batches are those that one, two or four of, or as many as the configuration says, make up the batch; in a
+        pipeline, at least one for each stage.
 
         Args:
             progress: goes through what is to be planned, and may show how far it is.
@@ -391,19 +394,22 @@ class Planner:
             ValueError: where the ranks do not suit the configuration.
         """
         optim, parallel = self.config.optim, self.config.parallel
-        whole = ParallelLayout.of_world(ranks, graph=parallel.graph)
+        whole = ParallelLayout.of_world(ranks, graph=parallel.graph, pipe=parallel.pipe)
         batch = optim.batch_size * optim.gradient_accumulation * whole.data
         todo: list[tuple[ParallelLayout, Combination, int, int]] = []
-        for graph in _graph_sizes(ranks, per_node, parallel.graph):
-            layout = ParallelLayout.of_world(ranks, graph=graph)
+        pipes = [p for p in sorted({1, 2, 4, 8, parallel.pipe}) if p <= self.model.num_blocks + 1]
+        for pipe, graph in product(pipes, _graph_sizes(ranks, per_node, parallel.graph)):
+            if ranks % (pipe * graph):
+                continue
+            layout = ParallelLayout.of_world(ranks, graph=graph, pipe=pipe)
             if batch % layout.data:
                 continue
             of_replica = batch // layout.data
-            rounds = [a for a in (1, 2, 4, optim.gradient_accumulation) if of_replica % a == 0]
-            for accumulation in sorted(set(rounds)):
+            rounds = {1, 2, 4, optim.gradient_accumulation} if pipe == 1 else {pipe, 2 * pipe, 4 * pipe}
+            for accumulation in sorted(a for a in rounds if of_replica % a == 0):
                 todo += [
                     (layout, combination, of_replica // accumulation, accumulation)
-                    for combination in self.combinations(offload=offload)
+                    for combination in self.combinations(offload=offload, pipe=pipe)
                 ]
         return [self.plan(*one) for one in progress(todo)]
 

@@ -111,7 +111,7 @@ class _Pack(torch.autograd.Function):
         # Copies: the buffer that gradients arrive in is used again.
         return tuple(
             part.clone() if needed and part.is_floating_point() else None
-            for needed, part in zip(ctx.needs_input_grad, _parts(grad, ctx.entries), strict=True)
+            for needed, part in zip(ctx.needs_input_grad, _parts(grad.contiguous(), ctx.entries), strict=True)
         )
 
 

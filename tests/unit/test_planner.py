@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -329,3 +330,57 @@ def test_model_sizes_do_not_matter_to_time_of_planning() -> None:
     work = planning.workload([structures.slab()], config)
     traced = planning.trace(config, "s2ef", Combination(recompute="block"), "double_backward", work)
     assert sum(traced.parameters.values()) > 2.5e9
+
+
+CONSERVATIVE = {"forces": "conservative"}
+DIMENET = {
+    "num_blocks": 3, "hidden_channels": 12, "out_emb_channels": 10, "int_emb_size": 6, "basis_emb_size": 4,
+    "num_radial": 4, "num_spherical": 3, "cutoff": 4.0, "max_neighbors": 20,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("graph", [1, 2])
+@pytest.mark.parametrize(
+    "config", [GEMNET | {"num_blocks": 3}, GEMNET | CONSERVATIVE, DIMENET], ids=["direct", "conservative", "dimenet"]
+)
+def test_stages_do_together_what_a_model_does(data: Path, config: dict[str, Any], graph: int) -> None:
+    """Every operation of a step is in one stage's trace, and besides the geometry that all stages but one make anew."""
+    model = model_config(**config)
+    planner = planner_of(data, model)
+    layout = ParallelLayout(pipe=3, graph=graph)
+    combination = Combination(forces=model.forces, pipe=3, zero=1)
+    work = planner.workload(2, layout, 4)
+    whole = planning.trace(model, "s2ef", combination, combination.chosen_second_order, work)
+    bounds = planner.bounds(layout, combination, 2, 4)
+    assert bounds[0] == 0
+    assert bounds[-1] == model.num_blocks + 2
+    stages = [planning._trace_stage(model, "s2ef", "none", "fp32", begin, end, work) for begin, end in pairwise(bounds)]
+    anew = sum(stage.step.total.total_flops for stage in stages) - whole.step.total.total_flops
+    assert anew % 2 == 0
+    assert 0 < anew < 0.07 * whole.step.total.total_flops
+    assert sum(sum(stage.parameters.values()) for stage in stages) == sum(whole.parameters.values())
+    if graph > 1:  # positions are exchanged by each stage that makes its own geometry
+        assert sum(stage.exchanges for stage in stages) >= whole.exchanges > 0
+    assert all((stage.sent > 0) == (number < 2) for number, stage in enumerate(stages))
+
+
+def test_a_pipeline_needs_less_memory_and_more_time_than_its_stages(data: Path) -> None:
+    planner = planner_of(data, model_config(**(GEMNET | {"num_blocks": 7, "emb_size_edge": 256})))
+    one = planner.plan(ParallelLayout(), Combination(zero=1), 2, 4)
+    four = planner.plan(ParallelLayout(pipe=4), Combination(zero=1, pipe=4), 2, 4)
+    states = (PARAMETERS, MASTERS, OPTIMIZER)
+    assert sum(four.peak.kinds[kind] for kind in states) < 0.4 * sum(one.peak.kinds[kind] for kind in states)
+    # The first stage has a quarter of the layers, and the activations of four micro-batches.
+    assert 0.6 < four.peak.kinds[ACTIVATIONS] / one.peak.kinds[ACTIVATIONS] < 1.1
+    # Four micro-batches through four stages: seven turns of a quarter at least.
+    assert 7 / 16 < four.times.compute / one.times.compute < 1
+    assert four.settings["parallel.pipe"] == 4
+
+
+def planner_of(data: Path, model: Any) -> Planner:
+    config = load_config(None, [f"data.train={data}/s2ef/train", "task.output=run", *WORDS])
+    return Planner(config, model, MACHINES["h100"], planning.open_data(config.data.train))
+
+
+WORDS = ["model.preset=gemnet-dt", "optim.batch_size=2", "optim.max_steps=3", "optim.lr_initial=1e-3"]
+WORDS += ["optim.weight_decay=0", "optim.gradient_accumulation=4"]
