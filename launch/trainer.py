@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +20,14 @@ import torch
 
 from egnscale.data.sampler import BalancedBatchSampler
 from egnscale.launch.config import RunConfig
-from egnscale.launch.evaluation import evaluate_is2re, evaluate_s2ef, non_finite
+from egnscale.launch.evaluation import evaluate_is2re, evaluate_s2ef
 from egnscale.launch.loading import make_loader, open_labelled, sizes_for_balance, validation_splits
 from egnscale.launch.norms import LayerNorms, Norm
+from egnscale.launch.optimizers import make_optimizer
 from egnscale.launch.pipelining import StagedModel
 from egnscale.launch.planning import Forecast, Planner, available_memory, settle
 from egnscale.launch.reporting import RunLog, TrainingProgress, plot_norms, plot_training
+from egnscale.launch.resuming import check_resumed, find_resumed
 from egnscale.launch.run_files import (
     RUN,
     WEIGHTS,
@@ -40,22 +41,19 @@ from egnscale.launch.run_files import (
 from egnscale.launch.schedules import build_schedule
 from egnscale.launch.spikes import ROLLBACKS, SpikeGuard
 from egnscale.launch.stage_costs import stage_bounds, stage_table
-from egnscale.launch.steps import Computation, Computed, Read, StagedComputation, WholeModel, count
+from egnscale.launch.steps import Computation, Read, StagedComputation, WholeModel, count
 from egnscale.launch.tasks import IS2RE, S2EF, Normalizer
-from egnscale.launch.trace import what_is_not_finite
+from egnscale.launch.troubles import Troubles
 from egnscale.launch.weights import open_weights, save_weights
-from egnscale.models import AtomModel, Prediction, build_model, count_parameters
+from egnscale.models import AtomModel, build_model, count_parameters
 from egnscale.models.layered import Blocks, LayeredModel
 from egnscale.models.scale_factors import unfitted
 from egnscale.models.stage import only_layers
 from egnscale.scaling.agreement import check_agreement, run_facts
 from egnscale.scaling.checkpoint import (
-    LATEST,
-    find_checkpoint,
     forget_newer,
     save_checkpoint,
     verify_checkpoint,
-    whole_checkpoints,
     write_text,
 )
 from egnscale.scaling.collectives import added
@@ -78,15 +76,8 @@ from egnscale.scaling.pipeline import Pipeline, StageTime, bubble, stage_imbalan
 from egnscale.scaling.planner import MACHINES
 from egnscale.scaling.recompute import set_recompute
 
-#: What may change when a run is resumed.
-FREE_IN_LAYOUT = {"ranks", "replicas", "pipe", "zero", "precision"}
-#: Steps in a row that fp16 may leave out. DeepSpeed halves the loss scale each time, from 2^16 or 2^32 down to 1: after
-#: 50 there is nothing left to halve.
-MAX_SKIPPED_STEPS = 50
 #: Columns of the log that only fp16 has.
 FP16_COLUMNS = ("loss_scale", "skipped_steps")
-#: Parameters that weight decay leaves alone.
-NO_DECAY = ("embedding", "frequencies", "bias")
 
 
 class StepSums(NamedTuple):
@@ -98,6 +89,7 @@ class StepSums(NamedTuple):
     edges: float
     gradient_norm: float  #: before clipping
     norms: list[Norm]  #: of each layer, where they are due
+    skipped: bool = False  #: fp16 has left it out
     trouble: str = ""  #: why the step must be undone, where a rollback is to follow
 
 
@@ -142,9 +134,8 @@ class Trainer:
         rollback = config.task.rollback
         self.guard = SpikeGuard(**rollback.model_dump()) if rollback else SpikeGuard(math.inf, 1, 0)
         self.checkpoint_due = False
-        self.skipped_in_a_row = 0
 
-        resumed = self._find_resumed(resume)
+        resumed = find_resumed(self.directory, self.checkpoints, resume=resume)
         start = None  # what a new run starts from
         if config.task.init_from is not None and resumed is None:
             start = read_trained(config.task.init_from)
@@ -157,7 +148,7 @@ class Trainer:
         self.train_store = open_labelled(config.data.train, elements, task, config.data.limit)
         self.val_stores = {name: open_labelled(path, elements, task) for name, path in self._val_splits().items()}
         if resumed is not None:
-            self._check_resumed(*resumed)
+            check_resumed(*resumed, self.model_config, self._layout(), self.config.optim.batch_size)
         self.normalizer = self._normalizer(start, resumed)
         self.sampler = self._sampler(self.train_store, config.optim.batch_size, shuffle=True)
         self.total_steps = self._total_steps()
@@ -190,6 +181,7 @@ class Trainer:
         if self.model_config.forces == "conservative" and parallel.zero == 3:
             flatten_layers(model)
         self.engine, self.computation = self._spread(model, ds)
+        self.troubles = Troubles(config, self.objective, self.engine, self.computation, self.guard, self.checkpoints)
         if start is not None:
             self._start_from(start.path / WEIGHTS)
         elif resumed is None:
@@ -272,11 +264,11 @@ class Trainer:
         """What makes steps of this rank's part of the model."""
         stages, stage = self.config.parallel.pipe, self.mesh.stage
         if stages == 1:
-            engine = Engine(self.objective, self._optimizer(), ds, self.world)
+            engine = Engine(self.objective, make_optimizer(self.config.optim, self.objective)[0], ds, self.world)
             return engine, WholeModel(self.objective, engine, self.mesh)
         layers = model.layers[self.bounds[stage] : self.bounds[stage + 1]]
-        optimizer = self._optimizer()
-        pipeline = Pipeline(self.objective, [*layers, self.spare], optimizer, ds, self.world, stages)
+        optimizer, spare = make_optimizer(self.config.optim, self.objective, every_group=True)
+        pipeline = Pipeline(self.objective, [*layers, spare], optimizer, ds, self.world, stages)
         staged = StagedModel(model, self.bounds, self.mesh, pipeline)
         return pipeline, StagedComputation(self.objective, pipeline, self.mesh, staged)
 
@@ -298,47 +290,6 @@ class Trainer:
         (self.directory / ROLLBACKS).unlink(missing_ok=True)
         write_text(self.directory / "config.yaml", self.config.to_yaml())
 
-    def _find_resumed(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
-        exists = (self.checkpoints / LATEST).is_file()
-        if exists and not resume:
-            raise ValueError(
-                f"{self.directory} already holds a run; continue it with --resume, or choose another task.output"
-            )
-        if not exists:
-            return None
-        checkpoint = find_checkpoint(self.checkpoints)
-        once(lambda: verify_checkpoint(checkpoint))
-        return checkpoint, read_run(checkpoint)
-
-    def _check_resumed(self, checkpoint: Path, run: dict[str, Any]) -> None:
-        """Whether the configuration is that of the run to continue, where it matters."""
-        was = recorded_model(run, checkpoint)
-        for name in ("name", *asdict(self.model_config)):
-            before, value = getattr(was, name, None), getattr(self.model_config, name)
-            if before != value:
-                raise ValueError(
-                    f"cannot resume {checkpoint}: model.{name} was {before}, the configuration says {value}"
-                )
-        then, now = run["layout"], self._layout()
-        batch, replicas = then["global_batch"], self.mesh.layout.data
-        if batch != now["global_batch"]:
-            way_out = (
-                f"set optim.batch_size={batch // replicas}"
-                if batch % replicas == 0
-                else f"start a number of replicas that divides {batch}"
-            )
-            raise ValueError(
-                f"cannot resume {checkpoint}: the global batch was {batch} "
-                f"({batch // then['replicas']} x {then['replicas']} replicas) and would become {now['global_batch']} "
-                f"({self.config.optim.batch_size} x {replicas}); {way_out}"
-            )
-        for name, value in now.items():
-            if name not in FREE_IN_LAYOUT and then.get(name) != value:
-                raise ValueError(
-                    f"cannot resume {checkpoint}: {name} was {then.get(name)}, this run has {value}; "
-                    "start it the same way"
-                )
-
     def _val_splits(self) -> dict[str, Path]:
         """The stores to validate on; a directory of `val_*` stores stands for all of them."""
         splits: dict[str, Path] = {}
@@ -348,7 +299,7 @@ class Trainer:
         return splits
 
     def _layout(self) -> dict[str, Any]:
-        """How the run uses the ranks (`FREE_IN_LAYOUT`), and what the order of the data and the averages depend on."""
+        """How the run uses the ranks (`resuming.FREE_IN_LAYOUT`), and what the order of the data and the averages depend on."""
         optim, parallel = self.config.optim, self.config.parallel
         return {
             "ranks": self.world.size,
@@ -404,30 +355,6 @@ class Trainer:
 
     def _steps_per_epoch(self) -> int:
         return max(1, round(len(self.sampler) / self.config.optim.gradient_accumulation))
-
-    def _optimizer(self) -> torch.optim.AdamW:
-        optim = self.config.optim
-        decayed: list[torch.nn.Parameter] = []
-        plain: list[torch.nn.Parameter] = []
-        for name, parameter in self.objective.named_parameters():
-            if parameter.is_meta:
-                continue  # another stage's
-            (plain if any(word in name.split(".")[-1] for word in NO_DECAY) else decayed).append(parameter)
-        groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.spare = torch.nn.ParameterList()
-        if self.config.parallel.pipe > 1:
-            # DeepSpeed adds up norms over stages group by group, and waits for ever where one has fewer groups.
-            for group in groups:
-                if not group["params"]:
-                    self.spare.append(torch.nn.Parameter(torch.zeros(1, device=self.world.device)))
-                    group["params"] = [self.spare[-1]]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=optim.lr_initial,
-            betas=optim.betas,
-            eps=optim.eps,
-            amsgrad=optim.amsgrad,
-        )
 
     def _fit_scale_factors(self) -> None:
         if not unfitted(self.objective.model):
@@ -541,7 +468,7 @@ class Trainer:
                 started = time.perf_counter()
                 self.engine.set_lr(config.optim.lr_initial * self.schedule.factor(self.step))
                 sums = self._train_step(batches)
-                trouble = sums.trouble or self._spike(sums.loss)
+                trouble = sums.trouble or self.troubles.of_spike(self.step + 1, sums.loss)
                 if trouble:
                     self._roll_back(trouble)
                     if log:
@@ -551,7 +478,7 @@ class Trainer:
                     continue
                 self.step, self.loss = self.step + 1, sums.loss
                 self.guard.add(sums.loss)
-                if self._count_skipped() and self.ema:
+                if self.troubles.count_skipped(self.step, skipped=sums.skipped) and self.ema:
                     self.ema.update()
                 elapsed = time.perf_counter() - started
                 self.seconds += elapsed
@@ -649,135 +576,34 @@ class Trainer:
         read = list(islice(batches, self.config.optim.gradient_accumulation))
         counts = count(read, self.objective, self.mesh)
         computed = self.computation.backward(read, counts, norms)
-        trouble = self._loss_not_finite(computed, read)
+        trouble = self.troubles.of_losses(self.step + 1, computed, read)
         of_layers = norms.read() if norms else []
-        gradient_norm, not_finite = self._gradient_norm(read)
-        self.engine.step()
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.engine.skipped_steps > skipped else 0
-        if math.isnan(gradient_norm):
+        if self.config.parallel.precision == "fp16":  # DeepSpeed leaves bad steps out, and lowers the loss scale
+            self.engine.step()
             gradient_norm = self.engine.gradient_norm()
+        else:
+            gradient_norm = self.engine.whole_gradient_norm()
+            trouble = trouble or self.troubles.of_gradient(self.step + 1, gradient_norm, read)
+            self.engine.step()
         loss = sum_over_ranks(torch.stack([one.loss.double() for one in computed]).mean()) / self.world.size
         return StepSums(
-            float(loss), counts.structures, counts.atoms, counts.edges, gradient_norm, of_layers, trouble or not_finite
+            float(loss),
+            counts.structures,
+            counts.atoms,
+            counts.edges,
+            gradient_norm,
+            of_layers,
+            skipped=self.engine.skipped_steps > skipped,
+            trouble=trouble,
         )
-
-    # What must not go on
-
-    def _loss_not_finite(self, computed: Sequence[Computed], read: Sequence[Read]) -> str:
-        """Why the step must be undone, where any rank's loss is NaN or infinite: with the structures' names.
-
-        Raises:
-            ValueError: on every rank, where it cannot be undone.
-        """
-        losses = torch.stack([one.loss for one in computed])
-        failed = sum_over_ranks((~torch.isfinite(losses)).double()).tolist()
-        number = next((number for number, ranks in enumerate(failed) if ranks), None)
-        if number is None:
-            return ""
-        batch, loss = computed[number], losses[number]
-        names: list[str] = []
-        if not torch.isfinite(loss) and batch.prediction is not None:
-            names = non_finite(batch.prediction, batch.graph, batch.atoms) or self._bad_labels(batch)
-        value = next(one for one in gather_over_ranks(loss.item()) if not math.isfinite(one))
-        reason = f"the loss became {value} at step {self.step + 1} on {_some_of_all_ranks(names)}"
-        if self._may_roll_back():
-            return reason
-        raise ValueError(
-            f"{reason}; {self._trace([read[number]], backward=False)}{self._after_rollbacks()}; "
-            "the last checkpoint is untouched "
-            "(lower optim.lr_initial, set optim.clip_grad_norm, or look at these structures)"
-        )
-
-    def _bad_labels(self, batch: Computed) -> list[str]:
-        """Structures whose labels are not finite; all of them where no label is to blame."""
-        atoms = batch.atoms
-        energy, forces = (
-            (atoms.energy_relaxed, None) if self.config.task.name == "is2re" else (atoms.energy, atoms.forces)
-        )
-        assert energy is not None
-        return non_finite(Prediction(energy, forces), batch.graph, atoms) or atoms.names
-
-    def _gradient_norm(self, read: Sequence[Read]) -> tuple[float, str]:
-        """The norm of the step's gradient, and why the step must be undone where it is not finite.
-
-        NaN and nothing under fp16: DeepSpeed leaves such steps out, and lowers the loss scale.
-
-        Raises:
-            ValueError: on every rank, where the step cannot be undone.
-        """
-        if self.config.parallel.precision == "fp16":
-            return math.nan, ""
-        norm = self.engine.whole_gradient_norm()
-        if math.isfinite(norm):
-            return norm, ""
-        names = _some_of_all_ranks([name for _, atoms in read for name in atoms.names])
-        reason = f"the gradient's norm became {norm} at step {self.step + 1} on {names}"
-        if self._may_roll_back():
-            return norm, reason
-        raise ValueError(
-            f"{reason}; {self._trace(read, backward=True)}{self._after_rollbacks()}; the last checkpoint is untouched "
-            "(lower optim.lr_initial, or look at these structures)"
-        )
-
-    def _trace(self, read: Sequence[Read], *, backward: bool) -> str:
-        """Where the first number that is not finite comes from, by running batches once more. Collective."""
-        model = self.objective.model
-        assert isinstance(model, LayeredModel)
-        again = [self.computation.again(one) for one in read]
-        return what_is_not_finite(self.objective, model, self.engine, again, backward=backward)
-
-    def _count_skipped(self) -> bool:
-        """Whether the last step was taken.
-
-        Raises:
-            ValueError: after too many in a row that were not.
-        """
-        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise ValueError(
-                f"fp16 left out {self.skipped_in_a_row} steps in a row, to step {self.step}, and its scale is down "
-                f"to {self.engine.loss_scale:g}: gradients are not finite; the last checkpoint is untouched "
-                "(set parallel.precision to bf16, or lower optim.lr_initial)"
-            )
-        return self.skipped_in_a_row == 0
 
     # Going back
-
-    def _may_roll_back(self) -> bool:
-        return len(self.guard.rollbacks) < self.guard.max and bool(self._whole_checkpoints())
-
-    def _whole_checkpoints(self) -> list[Path]:
-        """As rank 0 sees them: file systems may show the others something older. Collective."""
-        return gather_over_ranks(whole_checkpoints(self.checkpoints) if self.world.is_main else [])[0]
-
-    def _after_rollbacks(self) -> str:
-        """What to add to the reason why a run stops."""
-        if not self.config.task.rollback:
-            return ""
-        if not self.guard.rollbacks:
-            return "; there is no checkpoint to go back to yet"
-        return (
-            f"; {len(self.guard.rollbacks)} rollbacks have been made, of at most {self.guard.max} (task.rollback.max)"
-        )
-
-    def _spike(self, loss: float) -> str:
-        """Why a step must be undone, where its loss has leapt up.
-
-        Raises:
-            ValueError: on every rank, where it cannot be undone.
-        """
-        reason = self.guard.spike(loss) if self.config.task.rollback else None
-        if reason is None:
-            return ""
-        reason = f"{reason} at step {self.step + 1}"
-        if self._may_roll_back():
-            return reason
-        raise ValueError(f"{reason}{self._after_rollbacks()}; the last checkpoint is untouched")
 
     def _roll_back(self, reason: str) -> None:
         """Go back to a good checkpoint, and past all batches that have been read. Collective."""
         guard, spike, position = self.guard, self.step + 1, self._position()
         rollbacks = guard.rollbacks
-        checkpoints = self._whole_checkpoints()
+        checkpoints = self.troubles.whole_checkpoints()
         steps = [int(path.name.removeprefix("step_")) for path in checkpoints]
         to = guard.choose(steps)
         checkpoint = checkpoints[steps.index(to)]
@@ -796,7 +622,7 @@ class Trainer:
 
         once(remember)
         self.checkpoint_due = False
-        self.skipped_in_a_row = 0
+        self.troubles.skipped_in_a_row = 0
         self.say(
             f"{reason}: back to {checkpoint}, and on with the batches after it ({past} per replica are passed over); "
             f"rollback {len(guard.rollbacks)} of at most {guard.max}"
@@ -851,13 +677,6 @@ class Trainer:
             return evaluate()
         with self.ema.applied():
             return evaluate()
-
-
-def _some_of_all_ranks(names: list[str]) -> str:
-    """The first few names of structures; ranks that share a graph have the same. Collective."""
-    every = list(dict.fromkeys(name for part in gather_over_ranks(names) for name in part))
-    more = f" and {len(every) - 8} more" if len(every) > 8 else ""
-    return f"{', '.join(every[:8])}{more}"
 
 
 def _checkpoint_name(step: float) -> str:

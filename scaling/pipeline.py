@@ -172,9 +172,6 @@ class Pipeline(Engine):
 
     # Passes
 
-    def train(self, mode: bool = True) -> None:
-        self._engine.train(mode)
-
     def forward_backward(self, compute: Compute, marks: Sequence[int]) -> None:
         """Forward and backward for every micro-batch, and the reduction of gradients; `step` follows. Collective.
 

@@ -14,7 +14,7 @@ import pytest
 from toy import make_dataset, samples, write_config
 
 from egnscale.data.store import write_store
-from egnscale.launch import trainer
+from egnscale.launch import troubles
 from egnscale.launch.cli import main
 from egnscale.launch.config import load_config
 from egnscale.launch.reporting import RunLog, plot_norms, read_log
@@ -247,7 +247,7 @@ def test_too_many_skipped_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The scale is at its minimum before they are counted: DeepSpeed itself would stop with an error of its own."""
-    monkeypatch.setattr(trainer, "MAX_SKIPPED_STEPS", 4)
+    monkeypatch.setattr(troubles, "MAX_SKIPPED_STEPS", 4)
     more = [f"data.train={data}/s2ef/train", "task.rollback=null", "task.eval_every=50", "task.checkpoint_every=50"]
     assert main(command(data, tmp_path, *more, *in_fp16(21, 2.0**20))) == 1
     assert "fp16 left out 4 steps in a row, to step 4" in capfd.readouterr().err.splitlines()[-1]
