@@ -299,7 +299,7 @@ class Trainer:
         return splits
 
     def _layout(self) -> dict[str, Any]:
-        """How the run uses the ranks (`resuming.FREE_IN_LAYOUT`), and what the order of the data and the averages depend on."""
+        """How the run uses the ranks, and what the order of the data and the averages depend on (`resuming`)."""
         optim, parallel = self.config.optim, self.config.parallel
         return {
             "ranks": self.world.size,

@@ -10,7 +10,7 @@ import pytest
 from spawn import spawn
 
 #: Cases that ranks are started for at a time.
-BATCH = 60
+BATCH = 30
 
 
 class Case(Protocol):
@@ -49,12 +49,13 @@ def marked(cases: Sequence[Any], quick: Iterable[Any]) -> list[Any]:
 
 
 def measured_together(
-    request: pytest.FixtureRequest, measure: Callable[..., list[Any]], *, timeout: float = 1800
+    request: pytest.FixtureRequest, measure: Callable[..., list[Any]], *, seconds: float = 180
 ) -> Callable[[Any], Any]:
     """What a case gives, measured along with all others of its world that were selected.
 
     Args:
         measure: `measure(world, cases)` in each rank, with what each case gives; rank 0's counts.
+        seconds: that a case may take, on a machine with fewer cores than ranks.
     """
     selected = [item.callspec.params["case"] for item in request.session.items if item.fspath == request.path]
     kept: dict[Any, Any] = {}
@@ -64,7 +65,7 @@ def measured_together(
             others = [one for one in selected if one.ranks == case.ranks and one not in kept]
             batch = [case, *(one for one in others if one != case)][:BATCH]
             try:
-                kept.update(zip(batch, spawn(case.ranks, measure, batch, timeout=timeout)[0], strict=True))
+                kept.update(zip(batch, spawn(case.ranks, measure, batch, timeout=seconds * len(batch))[0], strict=True))
             except AssertionError as error:
                 kept.update(dict.fromkeys(batch, error))
         if isinstance(kept[case], AssertionError):

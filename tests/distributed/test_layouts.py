@@ -275,7 +275,7 @@ def measured(request: pytest.FixtureRequest) -> Callable[[Case], Any]:
 ALL = MATRIX + CLIPPED + THREE
 
 
-@pytest.mark.timeout(3600)  # the first of a world waits for all of its world
+@pytest.mark.timeout(7200)  # the first of a batch waits for all of it
 @pytest.mark.parametrize(
     "case", marked([*ALL, *GRADIENTS, *CONTROLS], [*covering(ALL), *covering(GRADIENTS), *CONTROLS])
 )

@@ -213,8 +213,8 @@ def test_schedules_take_what_the_configuration_holds(file: Path, name: str) -> N
         ("task.normalizer=ato", "task.normalizer is 'ato'; expected 'auto'"),
         ("task.normalizer={energy_mean: 1}", "task.normalizer.energy_std is missing"),
         # What this version does not do
-        ("parallel.pipe=0", "parallel.pipe is 0: expected a whole number >= 1"),
-        ("parallel.stage_cut=layers", "parallel.stage_cut is 'layers': expected cost, parameters or uniform"),
+        ("parallel.pipe=0", "parallel.pipe is 0; expected a number greater than 0 (pipeline stages"),
+        ("parallel.stage_cut=layers", "parallel.stage_cut is 'layers'; expected 'cost', 'parameters' or 'uniform'"),
         ("model.cbf=gaussian", "model.cbf is 'gaussian': triplet sums without triplets need spherical_harmonics"),
         ("model.cbf={name: gaussian}", "model.cbf: triplet sums without triplets need spherical_harmonics"),
         ("model.forces=conservativ", "model.forces is 'conservativ'; expected 'direct', 'conservative' or 'none'"),
