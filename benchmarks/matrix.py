@@ -19,14 +19,15 @@ from typing import Any
 from report import environment, table, write
 
 
-def read(path: Path) -> dict[str, dict[str, float]]:
-    """{case: deviations} of those that passed."""
-    found = {}
+def read(path: Path) -> dict[str, dict[str, float] | None]:
+    """{case: deviations} of those that were run; None of those that did not pass."""
+    found: dict[str, dict[str, float] | None] = {}
     for case in ElementTree.parse(path).iter("testcase"):
         name = case.get("name") or ""
-        if "[" in name and case.find("failure") is None and case.find("error") is None and case.find("skipped") is None:
+        if "[" in name:
             values = {str(p.get("name")): float(str(p.get("value"))) for p in case.iter("property")}
-            found[name[name.index("[") + 1 : name.rindex("]")]] = values
+            passed = all(case.find(kind) is None for kind in ("failure", "error", "skipped"))
+            found[name[name.index("[") + 1 : name.rindex("]")]] = values if passed else None
     return found
 
 
@@ -56,18 +57,22 @@ def main() -> None:
     parser.add_argument(
         "--missing", action="store_true", help="print the cases that have not been run, for pytest @FILE"
     )
+    parser.add_argument("--commit", default="", help="what was tested")
     args = parser.parse_args()
     kept: dict[str, Any] = {"parts": [], "passed": {}}
     if args.out.with_suffix(".json").exists():
         kept = json.loads(args.out.with_suffix(".json").read_text())
     every = collected(args.test)
+    if not args.xml and not args.missing:
+        parser.error("give the XML file of a run, or --missing")
     if args.missing:
         print("\n".join(line for case, line in every.items() if case not in kept["passed"]))
         return
     for path in args.xml:
-        passed = {case: values for case, values in read(path).items() if case in every}
-        kept["passed"] |= passed
-        kept["parts"].append({**environment("cpu"), "passed": len(passed)})
+        run = {case: values for case, values in read(path).items() if case in every}
+        passed = {case: values for case, values in run.items() if values is not None}
+        kept["passed"] = {case: values for case, values in kept["passed"].items() if case not in run} | passed
+        kept["parts"].append({**environment("cpu"), "commit": args.commit, "run": len(run), "passed": len(passed)})
     groups: dict[str, list[str]] = defaultdict(list)
     for case in every:
         groups[row_of(case)].append(case)

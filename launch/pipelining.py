@@ -57,6 +57,11 @@ class StagedModel:
         forces = "direct" if config is None else config.forces
         self.conservative, self.direct = forces == "conservative", forces == "direct"
 
+    @property
+    def at_once(self) -> int:
+        """How many graphs keep stages busy three quarters of the time."""
+        return 3 * self.pipeline.stages
+
     # Training
 
     def backward(self, objective: S2EF | IS2RE, batches: Sequence[MicroBatch]) -> list[Outcome]:
@@ -77,12 +82,12 @@ class StagedModel:
             losses[number], predictions[number] = loss.detach().double(), detached(prediction)
             return loss
 
-        self.pipeline.forward_backward(compute, [mark(batch.graph, batch.atoms) for batch in batches])
+        self.pipeline.forward_backward(compute, [mark(batch.graph, batch.atoms.names) for batch in batches])
         shared = self.mesh.sum_over_stages(torch.stack(losses))
         return [Outcome(loss, predictions.get(number)) for number, loss in enumerate(shared)]
 
     def _reverse_over_forward(self, objective: S2EF, batches: Sequence[MicroBatch]) -> list[Outcome]:
-        marks = [mark(batch.graph, batch.atoms) for batch in batches]
+        marks = [mark(batch.graph, batch.atoms.names) for batch in batches]
         predictions = self._conservative([batch.graph for batch in batches], marks)
         slopes = [objective.slopes(found, *batch) for found, batch in zip(predictions, batches, strict=True)]
 
@@ -102,7 +107,7 @@ class StagedModel:
 
     def predict(self, graphs: Sequence[ExtendedGraph]) -> list[Prediction]:
         """Of all graphs, on every stage; the more there are, the less stages wait for each other. Collective."""
-        marks = [mark(graph) for graph in graphs]
+        marks = marks_of_positions(graphs)
         if self.conservative:
             return self._conservative(graphs, marks)
         found: dict[int, Prediction] = {}
@@ -176,7 +181,7 @@ class StagedModel:
                 state = stage.state(graph, arrived)
                 return None if stage.last else stage.leaves(state)
 
-            self.pipeline.forward(compute, [mark(graph) for graph in graphs])
+            self.pipeline.forward(compute, marks_of_positions(graphs))
             if turn == self.pipeline.stage:
                 layers = [*stage.layers, *([self.model.readout] if stage.last else [])]
                 with torch.no_grad():
@@ -193,7 +198,14 @@ class StagedModel:
         return dict(zip(sites, shared, strict=True))
 
 
-def mark(graph: ExtendedGraph, atoms: AtomBatch | None = None) -> int:
+def mark(graph: ExtendedGraph, facts: Any) -> int:
     """A number that different micro-batches hardly share."""
-    facts = (graph.num_systems, graph.num_atoms, graph.num_edges, atoms.names if atoms is not None else ())
-    return zlib.crc32(repr(facts).encode())
+    return zlib.crc32(repr((graph.num_systems, graph.num_atoms, graph.num_edges, facts)).encode())
+
+
+def marks_of_positions(graphs: Sequence[ExtendedGraph]) -> list[int]:
+    """The same for structures that may have no names. The bits of their positions are added up, in any order."""
+    if not graphs:
+        return []
+    sums = torch.stack([graph.positions.contiguous().view(torch.int32).sum() for graph in graphs]).tolist()
+    return [mark(graph, total) for graph, total in zip(graphs, sums, strict=True)]

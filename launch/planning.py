@@ -23,7 +23,7 @@ from egnscale.launch.config import RunConfig
 from egnscale.launch.layer_watch import layer_names
 from egnscale.launch.loading import PartCollate, graph_spec, open_data, sizes_for_balance
 from egnscale.launch.run_files import read_trained, run_model
-from egnscale.launch.stage_costs import LayerCost, StageTrace, layer_costs, stage_bounds, trace_stage
+from egnscale.launch.stage_costs import LayerCost, StageTrace, bounds_of, layer_costs, trace_stage
 from egnscale.launch.tasks import IS2RE, S2EF, Normalizer
 from egnscale.models import AtomModelConfig, ExtendedGraph, build_model, count_parameters
 from egnscale.scaling.allocators import give_back_at_once
@@ -354,7 +354,7 @@ class Planner:
             ValueError: if there are too few.
         """
         costs = self.costs(layout, combination, micro_batch, accumulation)
-        return stage_bounds(costs, layout.pipe, self.config.parallel.stage_cut)
+        return bounds_of(costs, layout.pipe, self.config.parallel.stage_cut)
 
     def combinations(self, *, offload: bool, pipe: int = 1) -> list[Combination]:
         """The legal ones: of conservative models in both ways, unless the configuration says one."""
@@ -405,8 +405,8 @@ class Planner:
             if batch % layout.data:
                 continue
             of_replica = batch // layout.data
-            rounds = {1, 2, 4, optim.gradient_accumulation} if pipe == 1 else {pipe, 2 * pipe, 4 * pipe}
-            for accumulation in sorted(a for a in rounds if of_replica % a == 0):
+            rounds = {pipe, 2 * pipe, 4 * pipe, optim.gradient_accumulation}
+            for accumulation in sorted(a for a in rounds if a >= pipe and of_replica % a == 0):
                 todo += [
                     (layout, combination, of_replica // accumulation, accumulation)
                     for combination in self.combinations(offload=offload, pipe=pipe)

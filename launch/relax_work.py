@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from egnscale.launch.relaxation import Potential, Relaxed, RelaxOptions, relax
 from egnscale.launch.relaxation_folder import RelaxationFolder
 from egnscale.launch.structures import Structures
-from egnscale.scaling.engine import once
+from egnscale.scaling.engine import gather_over_ranks, once
 from egnscale.scaling.layout import Mesh
 
 #: Between lines of progress where there is no terminal.
@@ -105,6 +105,18 @@ def relax_share(
             yield relaxed
 
 
+def _to_do(folder: RelaxationFolder, samples: Structures, mesh: Mesh) -> tuple[bool, list[int]]:
+    """Whether all is done, and what of this replica's share is not: the same on all stages of its pipeline. Collective.
+
+    As one of them sees it: file systems may show the others something older.
+    """
+    mine: tuple[bool, list[int]] = folder.finished, []
+    if mesh.stage == 0 and not folder.finished:
+        mine = False, [index for index in share_of(samples, mesh) if folder.load(index, samples[index]) is None]
+    every = gather_over_ranks(mine)
+    return every[0][0], every[mesh.layout.rank(data=mesh.data_rank)][1]
+
+
 def relax_into(
     folder: RelaxationFolder,
     samples: Structures,
@@ -135,9 +147,9 @@ def relax_into(
     patience = Patience()
     try:
         once(claim)
-        if not folder.finished:
+        finished, missing = _to_do(folder, samples, mesh)
+        if not finished:
             share = share_of(samples, mesh)
-            missing = [index for index in share if folder.load(index, samples[index]) is None]
             for relaxed in relax_share(
                 samples,
                 missing,

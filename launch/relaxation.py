@@ -143,7 +143,13 @@ class Potential:
             else [list(range(len(samples)))]
         )
         graphs = [self.collate([samples[index] for index in part])[0].to(self.device) for part in parts]
-        predictions = [self.normalizer.physical(found) for found in predict(graphs)]
+        try:
+            predictions = [self.normalizer.physical(found) for found in predict(graphs)]
+        except (MemoryError, RuntimeError) as error:
+            if at_once == 1 or not _is_lack_of_memory(error):
+                raise
+            # One process tries with fewer structures; the stages of a pipeline would have to agree to.
+            raise ValueError("memory has run out on a stage of the pipeline; lower --batch-size") from error
         # Back in the order of the samples.
         back = np.argsort(np.concatenate(parts), kind="stable")
         # Detached: forces that are a gradient may come with the graph that made them.

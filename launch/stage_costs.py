@@ -21,7 +21,7 @@ from egnscale.scaling.memory_trace import Allocation, StepTrace, trace_step
 from egnscale.scaling.packing import pack, unpack
 from egnscale.scaling.planner import GIB, Machine, roofline
 from egnscale.scaling.recompute import set_recompute
-from egnscale.scaling.stages import Cut, cut, imbalance
+from egnscale.scaling.stages import Cut, imbalance, stage_bounds
 
 
 class LayerCost(NamedTuple):
@@ -52,23 +52,15 @@ def layer_costs(config: AtomModelConfig, step: StepTrace, machine: Machine) -> l
     return costs
 
 
-def stage_bounds(costs: Sequence[LayerCost], stages: int, how: Cut) -> list[int]:
-    """Stage s has layers found[s]..found[s + 1] - 1; the readout, which has few parameters or none, goes with a block.
+def bounds_of(costs: Sequence[LayerCost], stages: int, how: Cut) -> list[int]:
+    """Stage s has layers found[s]..found[s + 1] - 1.
 
     Raises:
         ValueError: if there are too few layers.
     """
-    most = len(costs) - 1
-    if stages > most:
-        raise ValueError(
-            f"parallel.pipe is {stages}, and a model of {len(costs) - 2} blocks can be cut into at most {most} stages: "
-            "its embedding and each block; lower parallel.pipe"
-        )
+    readout_counts = how != "uniform"  # else it would make a layer of the block that it goes with two
     weights = [{"cost": one.seconds, "parameters": float(one.parameters), "uniform": 1.0}[how] for one in costs]
-    *weights, readout = weights
-    weights[-1] += readout if how != "uniform" else 0.0
-    bounds = cut(weights, stages)
-    return [*bounds[:-1], bounds[-1] + 1]
+    return stage_bounds([*weights[:-1], weights[-1] * readout_counts], stages)
 
 
 def stage_table(costs: Sequence[LayerCost], bounds: Sequence[int], how: Cut) -> str:

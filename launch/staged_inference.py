@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from egnscale.launch.pipelining import StagedModel
 from egnscale.launch.weights import open_weights
 from egnscale.models import AtomModelConfig, ExtendedGraph, Prediction, build_model
 from egnscale.models.stage import only_layers
-from egnscale.scaling.engine import World
+from egnscale.scaling.engine import start_world
 from egnscale.scaling.layout import Mesh
 from egnscale.scaling.pipeline import Pipeline
-from egnscale.scaling.stages import cut
+from egnscale.scaling.stages import stage_bounds
 
 
 class StagedInference(nn.Module):
@@ -32,10 +33,11 @@ class StagedInference(nn.Module):
         ValueError: if the weights do not fit, or there are more stages than the model has layers.
     """
 
-    def __init__(self, config: AtomModelConfig, weights: Any, mesh: Mesh) -> None:
+    def __init__(self, config: AtomModelConfig, weights: Path, mesh: Mesh) -> None:
         super().__init__()
         self.config, stages = config, mesh.layout.pipe
-        bounds = even_bounds(config, stages)
+        # An embedding costs about as much as an output block, a fifth of a block.
+        bounds = stage_bounds([0.2, *[1.0] * config.num_blocks, 0.0], stages)
         begin, end = bounds[mesh.stage : mesh.stage + 2]
         with only_layers(begin, end, bounds[-1]):
             model: Any = build_model(config)
@@ -45,9 +47,8 @@ class StagedInference(nn.Module):
             for name, value in state.items():
                 if not value.is_meta:
                     value.copy_(stored[name])
-        world = World(mesh.rank, mesh.layout.size, 0, mesh.device)
         ds = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "steps_per_print": 10**9}
-        pipeline = Pipeline(model, model.layers[begin:end], None, ds, world, stages)
+        pipeline = Pipeline(model, model.layers[begin:end], None, ds, start_world(), stages)
         pipeline.train(False)
         self.staged = StagedModel(model, bounds, mesh, pipeline)
         self.model = model
@@ -61,25 +62,7 @@ class StagedInference(nn.Module):
 
     @property
     def at_once(self) -> int:
-        """How many graphs keep stages busy three quarters of the time."""
-        return 3 * self.staged.pipeline.stages
+        return self.staged.at_once
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StagedInference:
         return super()._apply(lambda x: x if x.is_meta else fn(x), recurse)
-
-
-def even_bounds(config: AtomModelConfig, stages: int) -> list[int]:
-    """Stages with about as many blocks each; the readout goes with the last.
-
-    Raises:
-        ValueError: if there are more stages than layers.
-    """
-    layers = config.num_blocks + 1
-    if stages > layers:
-        raise ValueError(
-            f"a model of {config.num_blocks} blocks can be cut into at most {layers} stages, its embedding and each "
-            f"block, and {stages} were asked for"
-        )
-    # An embedding costs about as much as an output block, a fifth of a block.
-    bounds = cut([0.2, *[1.0] * config.num_blocks], stages)
-    return [*bounds[:-1], bounds[-1] + 1]

@@ -20,7 +20,7 @@ from egnscale.launch.pipelining import MicroBatch, StagedModel
 from egnscale.launch.tasks import IS2RE, S2EF
 from egnscale.models import ExtendedGraph, Prediction
 from egnscale.models.scale_factors import fit_scale_factors
-from egnscale.scaling.engine import Engine, gather_over_ranks, sum_over_ranks
+from egnscale.scaling.engine import Engine, sum_over_ranks
 from egnscale.scaling.layout import Mesh
 from egnscale.scaling.pipeline import Pipeline, StageTime
 
@@ -29,10 +29,8 @@ Read = tuple[ExtendedGraph, AtomBatch]
 
 
 class Computed(NamedTuple):
-    """A micro-batch on this rank's device, and what became of it."""
+    """What became of a micro-batch."""
 
-    graph: ExtendedGraph
-    atoms: AtomBatch
     loss: Tensor  #: of this replica, detached
     prediction: Prediction | None  #: normalised; None where another stage has it
 
@@ -77,8 +75,8 @@ class Computation(Protocol):
 
     def fit_scale_factors(self, graphs: Sequence[ExtendedGraph]) -> dict[str, float]: ...
 
-    def stage_times(self) -> list[StageTime]:
-        """What the stages did since the last time, the first replica's; none where there is one stage."""
+    def stage_time(self) -> StageTime | None:
+        """What this rank's stage did since the last time; None where there is one stage. Local."""
         ...
 
     @property
@@ -98,7 +96,7 @@ class WholeModel:
     def backward(self, read: Sequence[Read], counts: Counts, norms: LayerNorms | None) -> list[Computed]:
         done = []
         for number, batch in enumerate(read):
-            graph, atoms = self._place(batch)
+            graph, atoms = self._place(batch)  # one by one: memory is foretold for one
             with norms.watching() if norms else nullcontext():
                 loss, prediction = self.engine(graph, atoms, counts.divisors)
             if norms:
@@ -106,7 +104,7 @@ class WholeModel:
             self.engine.backward(loss)
             if number < len(read) - 1:
                 self.engine.step()  # counts a micro-batch
-            done.append(Computed(graph, atoms, loss.detach(), prediction))
+            done.append(Computed(loss.detach(), prediction))
         return done
 
     def again(self, read: Read) -> tuple[Callable[[], tuple[Tensor, Prediction | None]], Callable[[Tensor], None]]:
@@ -124,8 +122,8 @@ class WholeModel:
         with self.engine.calling_module():
             return fit_scale_factors(self.objective.model, graphs, reduce=self.mesh.sum_over_data)
 
-    def stage_times(self) -> list[StageTime]:
-        return []
+    def stage_time(self) -> StageTime | None:
+        return None
 
     def _place(self, read: Read) -> Read:
         graph, atoms = read
@@ -140,8 +138,7 @@ class StagedComputation:
 
     @property
     def at_once(self) -> int:
-        """Enough for bubbles to be a quarter of the time."""
-        return 3 * self.engine.stages
+        return self.staged.at_once
 
     def backward(self, read: Sequence[Read], counts: Counts, norms: LayerNorms | None) -> list[Computed]:
         batches = [self._place(one, counts) for one in read]
@@ -151,10 +148,7 @@ class StagedComputation:
             for outcome in outcomes:
                 if outcome.prediction is not None:
                     norms.see_prediction(outcome.prediction)
-        return [
-            Computed(batch.graph, batch.atoms, outcome.loss, outcome.prediction)
-            for batch, outcome in zip(batches, outcomes, strict=True)
-        ]
+        return [Computed(*outcome) for outcome in outcomes]
 
     def again(self, read: Read) -> tuple[Callable[[], tuple[Tensor, Prediction | None]], Callable[[Tensor], None]]:
         """A pipeline goes back before anybody sees the loss."""
@@ -171,10 +165,8 @@ class StagedComputation:
     def fit_scale_factors(self, graphs: Sequence[ExtendedGraph]) -> dict[str, float]:
         return self.staged.fit_scale_factors(graphs, self.mesh.sum_over_data)
 
-    def stage_times(self) -> list[StageTime]:
-        every = gather_over_ranks(self.engine.times())
-        layout = self.mesh.layout
-        return [every[layout.rank(pipe=stage)] for stage in range(layout.pipe)]
+    def stage_time(self) -> StageTime | None:
+        return self.engine.time()
 
     def _place(self, read: Read, counts: Counts) -> MicroBatch:
         graph, atoms = read

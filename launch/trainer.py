@@ -40,7 +40,7 @@ from egnscale.launch.run_files import (
 )
 from egnscale.launch.schedules import build_schedule
 from egnscale.launch.spikes import ROLLBACKS, SpikeGuard
-from egnscale.launch.stage_costs import stage_bounds, stage_table
+from egnscale.launch.stage_costs import bounds_of, stage_table
 from egnscale.launch.steps import Computation, Read, StagedComputation, WholeModel, count
 from egnscale.launch.tasks import IS2RE, S2EF, Normalizer
 from egnscale.launch.troubles import Troubles
@@ -181,7 +181,9 @@ class Trainer:
         if self.model_config.forces == "conservative" and parallel.zero == 3:
             flatten_layers(model)
         self.engine, self.computation = self._spread(model, ds)
-        self.troubles = Troubles(config, self.objective, self.engine, self.computation, self.guard, self.checkpoints)
+        self.troubles = Troubles(
+            *(config, self.objective, self.engine, self.mesh, self.computation, self.guard, self.checkpoints)
+        )
         if start is not None:
             self._start_from(start.path / WEIGHTS)
         elif resumed is None:
@@ -206,7 +208,7 @@ class Trainer:
         def decide() -> None:
             costs = self._planner().costs(*size)
             how = self.config.parallel.stage_cut
-            bounds.extend(stage_bounds(costs, self.mesh.layout.pipe, how))
+            bounds.extend(bounds_of(costs, self.mesh.layout.pipe, how))
             self.say(stage_table(costs, bounds, how))
 
         once(decide)
@@ -485,8 +487,9 @@ class Trainer:
                 last = self.step == self.total_steps
                 bar.update(self.step, loss=sums.loss, atoms_per_second=sums.atoms / elapsed)
                 exchanged = self.mesh.traffic()
-                of_stages = self.computation.stage_times()
-                if log and (self.step % config.task.log_every == 0 or last):
+                logged = self.step % config.task.log_every == 0 or last
+                of_stages = self._stage_times() if logged else []
+                if log and logged:
                     log.train(
                         self.step,
                         epoch=self._epoch(),
@@ -536,6 +539,14 @@ class Trainer:
             return None
         return RunLog(self.directory, resume_step=self.step, columns=(*self._pipe_columns([]), *self._fp16_columns()))
 
+    def _stage_times(self) -> list[StageTime]:
+        """What the stages of the first replica did in the last step; none where there is one stage. Collective."""
+        mine, layout = self.computation.stage_time(), self.mesh.layout
+        if mine is None:
+            return []
+        every = gather_over_ranks(mine)
+        return [every[layout.rank(pipe=stage)] for stage in range(layout.pipe)]
+
     def _pipe_columns(self, times: Sequence[StageTime]) -> dict[str, float]:
         if self.config.parallel.pipe == 1:
             return {}
@@ -568,7 +579,7 @@ class Trainer:
     def _train_step(self, batches: Iterator[Read]) -> StepSums:
         """One optimizer step."""
         self.mesh.traffic()  # what evaluation exchanged is no part of a step
-        self.computation.stage_times()  # nor is what it computed
+        self.computation.stage_time()  # nor is what it computed
         self.engine.train()
         every = self.config.task.log_norms
         norms = self.norms if every and (self.step + 1) % every == 0 else None

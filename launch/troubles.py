@@ -13,16 +13,18 @@ from pathlib import Path
 
 import torch
 
+from egnscale.data.batch import AtomBatch
 from egnscale.launch.config import RunConfig
 from egnscale.launch.evaluation import non_finite
 from egnscale.launch.spikes import SpikeGuard
 from egnscale.launch.steps import Computation, Computed, Read
 from egnscale.launch.tasks import IS2RE, S2EF
 from egnscale.launch.trace import what_is_not_finite
-from egnscale.models import Prediction
+from egnscale.models import ExtendedGraph, Prediction
 from egnscale.models.layered import LayeredModel
 from egnscale.scaling.checkpoint import whole_checkpoints
 from egnscale.scaling.engine import Engine, gather_over_ranks, sum_over_ranks
+from egnscale.scaling.layout import Mesh
 
 #: Steps in a row that fp16 may leave out. DeepSpeed halves the loss scale each time, from 2^16 or 2^32 down to 1: after
 #: 50 there is nothing left to halve.
@@ -36,6 +38,7 @@ class Troubles:
         config: of the run.
         objective: with the model.
         engine: with its gradients.
+        mesh: where its graphs are put.
         computation: to run batches once more.
         guard: what is remembered of losses and rollbacks.
         checkpoints: directory of those that a rollback may go back to.
@@ -46,11 +49,13 @@ class Troubles:
         config: RunConfig,
         objective: S2EF | IS2RE,
         engine: Engine,
+        mesh: Mesh,
         computation: Computation,
         guard: SpikeGuard,
         checkpoints: Path,
     ) -> None:
-        self.config, self.objective, self.engine, self.computation = config, objective, engine, computation
+        self.config, self.objective, self.engine, self.mesh = config, objective, engine, mesh
+        self.computation = computation
         self.guard, self.checkpoints = guard, checkpoints
         self.skipped_in_a_row = 0
 
@@ -63,10 +68,11 @@ class Troubles:
         number = next((number for number, ranks in enumerate(failed) if ranks), None)
         if number is None:
             return ""
-        batch, loss = computed[number], losses[number]
+        prediction, loss = computed[number].prediction, losses[number]
         names: list[str] = []
-        if not torch.isfinite(loss) and batch.prediction is not None:
-            names = non_finite(batch.prediction, batch.graph, batch.atoms) or self._bad_labels(batch)
+        graph, atoms = self.mesh.place(read[number][0]), read[number][1].to(self.mesh.device)
+        if not torch.isfinite(loss) and prediction is not None:
+            names = non_finite(prediction, graph, atoms) or self._bad_labels(graph, atoms)
         value = next(one for one in gather_over_ranks(loss.item()) if not math.isfinite(one))
         reason = f"the loss became {value} at step {step} on {_some_of_all_ranks(names)}"
         if self._may_roll_back():
@@ -133,14 +139,13 @@ class Troubles:
             f"; {len(self.guard.rollbacks)} rollbacks have been made, of at most {self.guard.max} (task.rollback.max)"
         )
 
-    def _bad_labels(self, batch: Computed) -> list[str]:
+    def _bad_labels(self, graph: ExtendedGraph, atoms: AtomBatch) -> list[str]:
         """Structures whose labels are not finite; all of them where no label is to blame."""
-        atoms = batch.atoms
         energy, forces = (
             (atoms.energy_relaxed, None) if self.config.task.name == "is2re" else (atoms.energy, atoms.forces)
         )
         assert energy is not None
-        return non_finite(Prediction(energy, forces), batch.graph, atoms) or atoms.names
+        return non_finite(Prediction(energy, forces), graph, atoms) or atoms.names
 
     def _trace(self, read: Sequence[Read], *, backward: bool) -> str:
         """Where the first number that is not finite comes from, by running batches once more."""

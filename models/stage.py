@@ -39,10 +39,8 @@ class Stage:
     def __init__(self, model: LayeredModel, begin: int, end: int) -> None:
         self.model, self.begin, self.end = model, begin, end
         if not 0 <= begin < min(end, len(model.layers) - 1) or end > len(model.layers):
-            raise ValueError(
-                f"layers {begin}..{end - 1} of {len(model.layers)} are no stage: it would have no parameters"
-            )
-        self.first, self.last = begin == 0, end == len(model.layers)
+            raise ValueError(f"layers {begin}..{end - 1} of {len(model.layers)} are no stage: they have no parameters")
+        self.last = end == len(model.layers)
         #: Those that run before a state is handed on.
         self.layers: list[nn.Module] = model.layers[begin : end - 1 if self.last else end]
         self.structure = _structure(model.State)

@@ -224,7 +224,7 @@ class Engine:
         ds_config: a complete DeepSpeed configuration (`egnscale.scaling.ds_config`).
         world: this process.
         wrapped: what DeepSpeed gets in place of the module.
-        share: this rank among those that share its parameters' states, and how many they are; None: all of the world.
+        share: this rank among those that share its parameters' states; None: they are all of the world.
 
     Raises:
         ValueError: for a configuration whose state could not be saved.
@@ -238,7 +238,7 @@ class Engine:
         world: World,
         *,
         wrapped: nn.Module | None = None,
-        share: tuple[int, int] | None = None,
+        share: int | None = None,
     ) -> None:
         offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
         if offload.get("ratio", 1.0) != 1.0:
@@ -248,7 +248,7 @@ class Engine:
             )
         self.world = world
         self.module = module
-        self._share = share or (world.rank, world.size)
+        self._share = world.rank if share is None else share
         self._shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
         self._trainable = {name: p for name, p in module.named_parameters() if p.requires_grad and not p.is_meta}
         self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
@@ -436,7 +436,7 @@ class Engine:
     @cached_property
     def _pieces(self) -> dict[str, Piece]:
         """Where this rank keeps its piece of each trainable parameter's training state."""
-        optimizer, rank = self._engine.optimizer, self._share[0]
+        optimizer, rank = self._engine.optimizer, self._share
         found: dict[int, Piece] = {}
         trainable = self._trainable
         if self.zero_stage == 0:

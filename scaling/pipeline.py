@@ -7,7 +7,7 @@ only goes forward. Each calls `compute(number, arrived)`, which runs this rank's
 What a stage computes with besides what arrives, every rank has from its own loader: graphs do not travel. Each message
 says which micro-batch it belongs to, and its mark is compared with the receiver's.
 
-This module leans on private names of DeepSpeed (`_PRIVATE`), which were read in 0.19; `check_deepspeed` looks for them.
+This module leans on private names of DeepSpeed (`_PRIVATE`), which were read in 0.19: another version is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import contextlib
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -34,34 +34,16 @@ from egnscale.scaling.packing import pack, read_entries, unpack, write_entries
 #: nothing, if nobody goes back). `arrived` is None on the first stage.
 Compute = Callable[[int, Sequence[Tensor | None] | None], Any]
 
+#: What it uses of the engine: of its class, and of each engine (besides `_compute_loss`, which `train_batch` sets).
 _PRIVATE = (
-    *("_exec_schedule", "_exec_optimizer_step", "_INSTRUCTION_MAP", "_allocate_or_extend_buffers"),
-    *("_exec_forward_pass", "_exec_backward_pass", "_exec_send_grads", "_exec_recv_grads", "set_dataiterator"),
+    *("_exec_schedule", "_exec_reduce_tied_grads", "_exec_reduce_grads", "_exec_optimizer_step", "_INSTRUCTION_MAP"),
+    "set_dataiterator",
 )
+_PRIVATE_ATTRIBUTES = ("pipe_buffers", "grad_layer", "total_loss", "total_additional_losses")
+VERSION = "0.19."
+#: The end of a step in DeepSpeed's schedule, which is asked for by itself.
+_END = (instructions.ReduceTiedGrads, instructions.ReduceGrads, instructions.OptimizerStep)
 _COMPUTING = (instructions.ForwardPass, instructions.BackwardPass)
-
-
-def bubble(times: Sequence[StageTime]) -> float:
-    """Which part of the time stages did not compute, given the times of them all."""
-    total = sum(time.total for time in times)
-    return 1 - sum(time.computing for time in times) / total if total else 0.0
-
-
-def stage_imbalance(times: Sequence[StageTime]) -> float:
-    """The longest over the mean time that a stage computed; 1 is perfect."""
-    computing = [time.computing for time in times]
-    return max(computing) * len(computing) / sum(computing) if sum(computing) else 1.0
-
-
-def check_deepspeed() -> None:
-    """Raises ValueError if this DeepSpeed lacks a private name that pipelines need."""
-    missing = [name for name in _PRIVATE if not hasattr(PipelineEngine, name)]
-    missing += [name for name in ("TrainSchedule", "InferenceSchedule") if not hasattr(instructions, name)]
-    if missing:
-        raise ValueError(
-            f"parallel.pipe needs DeepSpeed 0.19 and was not made for {deepspeed.__version__}, which lacks "
-            f"{', '.join(missing)}; install deepspeed==0.19.*, or set parallel.pipe to 1"
-        )
 
 
 class StageTime(NamedTuple):
@@ -108,6 +90,37 @@ class _Stopwatch:
             self.total += seconds
 
 
+def bubble(times: Sequence[StageTime]) -> float:
+    """Which part of the time stages did not compute, given the times of them all."""
+    total = sum(time.total for time in times)
+    return 1 - sum(time.computing for time in times) / total if total else 0.0
+
+
+def stage_imbalance(times: Sequence[StageTime]) -> float:
+    """The longest over the mean time that a stage computed; 1 is perfect."""
+    computing = [time.computing for time in times]
+    return max(computing) * len(computing) / sum(computing) if sum(computing) else 1.0
+
+
+def check_deepspeed(engine: Any = None) -> None:
+    """Whether this DeepSpeed is the one that this module was written for.
+
+    Args:
+        engine: to look at as well, once there is one.
+
+    Raises:
+        ValueError: naming what is missing, and the way out.
+    """
+    missing = [name for name in _PRIVATE if not hasattr(PipelineEngine, name)]
+    missing += [name for name in _PRIVATE_ATTRIBUTES if engine is not None and not hasattr(engine, name)]
+    if missing or not deepspeed.__version__.startswith(VERSION):
+        lacks = f", and lacks {', '.join(missing)}" if missing else ""
+        raise ValueError(
+            f"parallel.pipe leans on private names of DeepSpeed {VERSION}*; this is {deepspeed.__version__}{lacks}; "
+            f"install deepspeed=={VERSION}*, or set parallel.pipe to 1"
+        )
+
+
 class _Body(nn.Module):
     """This rank's layers, as the one layer of its stage that DeepSpeed sees."""
 
@@ -148,15 +161,17 @@ class Pipeline(Engine):
         check_deepspeed()
         ranks = world.size // stages
         self.stages, self.stage = stages, world.rank // ranks
-        self._watch = _Stopwatch()
+        self._watch = None if optimizer is None else _Stopwatch()
         self._body = _Body(layers)
         whole: list[nn.Module] = [nn.Identity() for _ in range(stages)]
         whole[self.stage] = self._body
         module._apply(lambda x: x if x.is_meta else x.to(world.device))
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints how it cuts what has been cut
             pipe = PipelineModule(whole, num_stages=stages, partition_method="uniform", dynamic_shape=True)
-            super().__init__(module, optimizer, ds_config, world, wrapped=pipe, share=(world.rank % ranks, ranks))
+            super().__init__(module, optimizer, ds_config, world, wrapped=pipe, share=world.rank % ranks)
+        check_deepspeed(self._engine)
         self._marks: Sequence[int] = ()
+        self._number = 0  # of the micro-batch that comes next
 
     @property
     def first(self) -> bool:
@@ -166,9 +181,15 @@ class Pipeline(Engine):
     def last(self) -> bool:
         return self.stage == self.stages - 1
 
-    def times(self) -> StageTime:
-        """What this stage's passes took, since the last time. Local."""
-        return self._watch.read()
+    def time(self) -> StageTime:
+        """What this stage's passes took since the last time, without the reduction of gradients. Local."""
+        return self._watch.read() if self._watch is not None else StageTime(0.0, 0.0)
+
+    def __call__(self, *args: Any) -> Any:
+        raise TypeError("a pipeline goes through whole steps: forward_backward, forward or differentiate")
+
+    def backward(self, loss: Tensor) -> None:
+        raise TypeError("a pipeline goes backward in forward_backward")
 
     # Passes
 
@@ -182,8 +203,9 @@ class Pipeline(Engine):
         self._engine.total_loss = None
         self._engine.total_additional_losses = None
         self._engine._compute_loss = True
-        whole = instructions.TrainSchedule(len(marks), self.stages, self.stage)
-        self._run(whole, compute, marks, without=(instructions.OptimizerStep,))
+        self._run(instructions.TrainSchedule(len(marks), self.stages, self.stage), compute, marks)
+        self._engine._exec_reduce_tied_grads()
+        self._engine._exec_reduce_grads()
 
     def step(self) -> bool:
         self._engine._exec_optimizer_step()
@@ -213,9 +235,8 @@ class Pipeline(Engine):
         numbers: dict[int, int] = {}
 
         def forward(engine: Any, buffer_id: int) -> None:
-            inputs = engine.pipe_buffers["inputs"][buffer_id]
-            numbers[buffer_id] = self._number_of(inputs)
-            engine.pipe_buffers["outputs"][buffer_id] = self._compute(compute, inputs)
+            numbers[buffer_id] = self._number
+            engine.pipe_buffers["outputs"][buffer_id] = self._compute(compute, engine.pipe_buffers["inputs"][buffer_id])
 
         def backward(engine: Any, buffer_id: int) -> None:
             number, buffers = numbers.pop(buffer_id), engine.pipe_buffers
@@ -235,7 +256,6 @@ class Pipeline(Engine):
                 instructions.TrainSchedule(len(marks), self.stages, self.stage),
                 compute,
                 marks,
-                without=(instructions.OptimizerStep, instructions.ReduceGrads, instructions.ReduceTiedGrads),
                 instead={instructions.ForwardPass: forward, instructions.BackwardPass: backward},
             )
         return [found[number] for number in range(len(marks))]
@@ -245,20 +265,18 @@ class Pipeline(Engine):
         schedule: Any,
         compute: Compute,
         marks: Sequence[int],
-        *,
-        without: tuple[type, ...] = (),
         instead: dict[type, Callable[..., None]] | None = None,
     ) -> None:
-        """Carry out a schedule of DeepSpeed's with some of its instructions left out, and some done otherwise."""
+        """Carry out a schedule of DeepSpeed's but for its end, with some of its instructions done otherwise."""
         engine, steps = self._engine, schedule.steps
-        schedule.steps = lambda: ([one for one in step if not isinstance(one, without)] for step in steps())
+        schedule.steps = lambda: ([one for one in step if not isinstance(one, _END)] for step in steps())
         table = {**type(engine)._INSTRUCTION_MAP, **(instead or {})}
         engine._INSTRUCTION_MAP = {kind: self._timed(kind, function) for kind, function in table.items()}
         engine.set_dataiterator(iter([(torch.tensor(number), torch.tensor(number)) for number in range(len(marks))]))
-        self._marks = marks
+        self._marks, self._number = marks, 0
         self._body.compute = lambda inputs: self._compute(compute, inputs)
         try:
-            with self._watch.measure(self.world.device, computing=False):
+            with self._measured(computing=False):
                 engine._exec_schedule(schedule)
         finally:
             del engine._INSTRUCTION_MAP
@@ -271,32 +289,33 @@ class Pipeline(Engine):
             return function
 
         def timed(engine: Any, buffer_id: int) -> None:
-            with self._watch.measure(self.world.device, computing=True):
+            with self._measured(computing=True):
                 function(engine, buffer_id)
 
         return timed
 
+    def _measured(self, *, computing: bool) -> AbstractContextManager[None]:
+        if self._watch is None:
+            return contextlib.nullcontext()
+        return self._watch.measure(self.world.device, computing=computing)
+
     # Messages: a flat tensor, and integers: the micro-batch's number, its mark, what the flat tensor holds
 
-    def _number_of(self, inputs: Any) -> int:
-        return int(inputs if self.first else inputs[1][0])
-
     def _compute(self, compute: Compute, inputs: Any) -> Any:
-        arrived = None
-        if self.first:
-            number = int(inputs)
-        else:
+        """On every stage, micro-batches come in order."""
+        number, arrived = self._number, None
+        self._number += 1
+        if not self.first:
             flat, header = inputs
-            number, mark, *entries = header.tolist()
-            if mark != self._marks[number]:
+            theirs, mark, *entries = header.tolist()
+            if (theirs, mark) != (number, self._marks[number] if number < len(self._marks) else None):
                 raise ValueError(
-                    f"stage {self.stage} has another micro-batch {number} than stage {self.stage - 1}: marks are "
-                    f"{self._marks[number]} and {mark}; do all ranks read the same data?"
+                    f"stage {self.stage} expects another micro-batch than stage {self.stage - 1} sends: {number} of "
+                    f"{len(self._marks)}, and {theirs} comes (mark {mark}); do all ranks read the same data?"
                 )
             arrived = unpack(flat, read_entries(entries))
         result = compute(number, arrived)
         if self.last:
             return result
         flat, sent = pack(result)
-        header = torch.tensor([number, self._marks[number], *write_entries(sent)], device=self.world.device)
-        return flat, header
+        return flat, torch.tensor([number, self._marks[number], *write_entries(sent)], device=self.world.device)

@@ -48,6 +48,26 @@ def cut(weights: Sequence[float], stages: int) -> list[int]:
     return best[layers][2]
 
 
+def stage_bounds(weights: Sequence[float], stages: int) -> list[int]:
+    """The cut of `[Embedding, Block, ..., Block, Readout]`, whose readout goes with the last block.
+
+    Args:
+        weights: of all layers.
+
+    Raises:
+        ValueError: for more stages than an embedding and each block can be.
+    """
+    *others, last, readout = weights
+    most = len(others) + 1
+    if stages > most:
+        raise ValueError(
+            f"parallel.pipe is {stages}, and a model of {most - 1} blocks can be cut into at most {most} stages: its "
+            "embedding and each block; lower the number of stages"
+        )
+    bounds = cut([*others, last + readout], stages)
+    return [*bounds[:-1], len(weights)]
+
+
 def imbalance(weights: Sequence[float], bounds: Sequence[int]) -> float:
     """Heaviest over mean stage; 1 is perfect."""
     sums = [sum(weights[begin:end]) for begin, end in pairwise(bounds)]

@@ -26,7 +26,7 @@ from egnscale.models import AtomModelConfig, build_model, model_config
 from egnscale.models.stage import only_layers
 from egnscale.scaling.ds_config import complete_ds_config, read_ds_config
 from egnscale.scaling.recompute import set_recompute
-from egnscale.scaling.stages import cut
+from egnscale.scaling.stages import stage_bounds
 
 GEMNET = {
     "num_blocks": 3, "emb_size_atom": 8, "emb_size_edge": 12, "emb_size_trip": 6, "emb_size_bil_trip": 5,
@@ -170,8 +170,7 @@ def set_up(world: Any, case: Case) -> tuple[Any, S2EF, Any, Any]:
         clip_grad_norm=CLIP[case.clip],
     )  # fmt: skip
     config = model_config(**MODELS[case.model])
-    bounds = cut([1.0] * (config.num_blocks + 1), pipe)
-    bounds[-1] += 1  # the readout
+    bounds = stage_bounds([*[1.0] * (config.num_blocks + 1), 0.0], pipe)
     begin, end = bounds[mesh.stage : mesh.stage + 2]
     with only_layers(begin, end, bounds[-1]):
         module = objective(config)

@@ -194,6 +194,19 @@ def test_a_killed_rank_in_training(start: Callable[..., Ranks], tmp_path: Path) 
     ranks.expect(f"rank 1 ({HOST}) died or froze: no heartbeat", 0, name="egnscale train")
 
 
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_stage_that_dies(start: Callable[..., Ranks], tmp_path: Path, dying: int) -> None:
+    """Whoever waits for it says whose end it was, in one line, and ends."""
+    ranks = start(2, [*training(tmp_path), "parallel={pipe: 2, zero: 1}", "optim.gradient_accumulation=2"])
+    log = tmp_path / "run" / "log.csv"
+    ranks.until(lambda: log.exists() and log.read_text().count("\n") > 3)
+    ranks.processes[dying].kill()
+    line = f"rank 1 ({HOST}) died or froze: no heartbeat"
+    if dying == 0:
+        line = "rank 0 (127.0.0.1) is gone: its key-value store closed the connection"
+    ranks.expect(line, 1 - dying, name="egnscale train")
+
+
 def test_a_setting_that_differs(start: Callable[..., Ranks], tmp_path: Path) -> None:
     ranks = start(2, training(tmp_path), {1: ["optim.lr_initial=0.5", "parallel.precision=bf16"]})
     ranks.expect(
