@@ -202,6 +202,11 @@ def found(root: Path) -> list[dict[str, Any]]:
     return merged
 
 
+def comparable(norms: dict[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+    """Without the angular factors, of which there is a tensor for each bucket of degrees that a part of a graph has."""
+    return {key: value for key, value in norms.items() if "angular" not in key[1]}
+
+
 @pytest.mark.parametrize("kind", ["zero", "conservative"])
 def test_norms_are_those_of_plain_torch(found: list[dict], root: Path, kind: str) -> None:
     from egnscale.scaling.engine import start_world
@@ -211,7 +216,7 @@ def test_norms_are_those_of_plain_torch(found: list[dict], root: Path, kind: str
     for name in {**NORMS, **PIPELINES}:
         if name.startswith(kind):
             logged = table(root / name.replace(" ", "_").replace(",", ""))
-            assert logged == pytest.approx(wanted, rel=2e-4), name
+            assert comparable(logged) == pytest.approx(comparable(wanted), rel=2e-4), name
 
 
 @pytest.mark.parametrize("how", NAMED)
