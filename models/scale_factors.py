@@ -3,6 +3,7 @@
 Each factor makes the variance of what it scales equal to that of its reference. Factors are fitted in the order of
 execution, each with its predecessors in force. Because a model is a list of layers, only the layer at hand is run again
 for each of its factors, on the states kept from the layer before: the whole fit costs about as much as three passes.
+In a pipeline (`egnscale.launch.pipelining`), stages are fitted in turn, which takes a pass for each besides.
 """
 
 from __future__ import annotations
