@@ -58,6 +58,7 @@ def main() -> None:
         "--missing", action="store_true", help="print the cases that have not been run, for pytest @FILE"
     )
     parser.add_argument("--commit", default="", help="what was tested")
+    parser.add_argument("--note", default="", help="what to know of this part")
     args = parser.parse_args()
     kept: dict[str, Any] = {"parts": [], "passed": {}}
     if args.out.with_suffix(".json").exists():
@@ -72,7 +73,9 @@ def main() -> None:
         run = {case: values for case, values in read(path).items() if case in every}
         passed = {case: values for case, values in run.items() if values is not None}
         kept["passed"] = {case: values for case, values in kept["passed"].items() if case not in run} | passed
-        kept["parts"].append({**environment("cpu"), "commit": args.commit, "run": len(run), "passed": len(passed)})
+        kept["parts"].append(
+            {**environment("cpu"), "commit": args.commit, "run": len(run), "passed": len(passed), "note": args.note}
+        )
     groups: dict[str, list[str]] = defaultdict(list)
     for case in every:
         groups[row_of(case)].append(case)
