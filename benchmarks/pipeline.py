@@ -162,7 +162,7 @@ def memory(folder: Path) -> list[dict[str, Any]]:
         for pipe in (1, 2):
             words = [
                 *of_model(wide), f"data.train={folder / 'even'}", "data.limit=16", "optim.batch_size=1",
-                "optim.gradient_accumulation=4", "optim.max_steps=2",
+                "optim.gradient_accumulation=2", "optim.max_steps=2",
                 f"parallel={{pipe: {pipe}, zero: 1, recompute: {recompute}, check_memory: false}}",
             ]  # fmt: skip
             found.append({"recompute": recompute, "pipe": pipe, **run(folder, pipe, words)})
