@@ -23,16 +23,16 @@ from egnscale.launch.config import RunConfig
 from egnscale.launch.layer_watch import layer_names
 from egnscale.launch.loading import PartCollate, graph_spec, open_data, sizes_for_balance
 from egnscale.launch.run_files import read_trained, run_model
-from egnscale.launch.stage_costs import LayerCost, StageTrace, bounds_of, layer_costs, trace_stage
+from egnscale.launch.stage_costs import LayerCost, Traced, bounds_of, layer_costs, on_meta, trace_stage
 from egnscale.launch.tasks import IS2RE, S2EF, Normalizer
 from egnscale.models import AtomModelConfig, ExtendedGraph, build_model, count_parameters
 from egnscale.scaling.allocators import give_back_at_once
-from egnscale.scaling.collectives import CountedGroup, added
+from egnscale.scaling.collectives import added
 from egnscale.scaling.combinations import Combination, Recompute, SecondOrder, every_combination
 from egnscale.scaling.ds_config import preset_name, read_ds_config
 from egnscale.scaling.flat import flatten_layers
 from egnscale.scaling.layout import ParallelLayout, SharedExchange
-from egnscale.scaling.memory_trace import StepTrace, trace_step
+from egnscale.scaling.memory_trace import trace_step
 from egnscale.scaling.planner import ALLOWANCE, HEAP_FACTOR, PROCESS, Machine, Plan, gib, times
 from egnscale.scaling.rank_memory import States, peak_of_run
 from egnscale.scaling.recompute import set_recompute
@@ -100,16 +100,6 @@ def workload(samples: Sequence[Sample], model: AtomModelConfig, graph_ranks: int
     return Workload(graph, replace(batch, **labels), graph_ranks, rank)
 
 
-@dataclass(frozen=True)
-class Traced:
-    """A step and what it sends to the ranks that share its graph."""
-
-    step: StepTrace
-    parameters: dict[str, int]
-    exchanged: int  #: bytes
-    exchanges: int
-
-
 def trace(
     model: AtomModelConfig, task: str, combination: Combination, second_order: SecondOrder, work: Workload
 ) -> Traced:
@@ -130,12 +120,7 @@ def _trace(
 ) -> Traced:
     with torch.device("meta"):
         model = build_model(config)
-    graph, batch = work.graph.to("meta"), work.batch.to("meta")
-    group = None
-    if work.graph_ranks > 1:
-        group = CountedGroup(work.graph_ranks, work.rank)
-        exchange: SharedExchange = graph.exchange  # type: ignore[assignment]
-        graph = replace(graph, exchange=exchange.join(group))
+    graph, batch, group = on_meta(work)
     set_recompute(model, recompute, group)
     normalizer = Normalizer(0.0, 1.0, 1.0)
     objective: S2EF | IS2RE = IS2RE(model, normalizer)
@@ -157,7 +142,7 @@ def _trace(
 @lru_cache(maxsize=256)
 def _trace_stage(
     config: AtomModelConfig, task: str, recompute: Any, precision: str, begin: int, end: int, work: Workload
-) -> StageTrace:
+) -> Traced:
     normalizer = Normalizer(0.0, 1.0, 1.0)
     counts = torch.ones(2, dtype=torch.float64, device="meta")
 
@@ -251,16 +236,24 @@ class Planner:
             return self._plan_pipeline(layout, combination, micro_batch, accumulation, work)
         traced = trace(self.model, self.config.task.name, combination, combination.chosen_second_order, work)
         states = self._states(traced.parameters, layout, combination, accumulation, work.bytes)
-        total = traced.step.total
+        return self._plan_of(traced, states, layout, micro_batch)
+
+    def _plan_of(self, traced: Traced, states: States, layout: ParallelLayout, micro_batch: int) -> Plan:
+        """Of a rank that holds these states and does this for each micro-batch."""
+        total, accumulation = traced.step.total, states.gradient_accumulation
         return Plan(
             layout=layout,
-            combination=combination,
+            combination=states.combination,
             micro_batch=micro_batch,
             accumulation=accumulation,
             peak=peak_of_run(states, traced.step),
             process=self.process,
             host=states.on_host,
-            times=times(self.machine, states, total, traced.exchanged, traced.exchanges),
+            times=times(
+                *(self.machine, states, total, traced.exchanged, traced.exchanges),
+                stages=layout.pipe,
+                sent=traced.sent,
+            ),
             flops=total.total_flops * accumulation,
             moved=total.bytes * accumulation,
             sent=traced.exchanged * accumulation,
@@ -313,27 +306,7 @@ class Planner:
                 work.bytes * accumulation,  # every stage has all of a step's graphs
                 min(layout.pipe - number, accumulation),
             )
-            total = traced.step.total
-            spent = times(
-                *(self.machine, states, total, traced.exchanged, traced.exchanges),
-                stages=layout.pipe,
-                sent=traced.sent,
-            )
-            plans.append(
-                Plan(
-                    layout=layout,
-                    combination=combination,
-                    micro_batch=micro_batch,
-                    accumulation=accumulation,
-                    peak=peak_of_run(states, traced.step),
-                    process=self.process,
-                    host=states.on_host,
-                    times=spent,
-                    flops=total.total_flops * accumulation,
-                    moved=total.bytes * accumulation,
-                    sent=traced.exchanged * accumulation,
-                )
-            )
+            plans.append(self._plan_of(traced, states, layout, micro_batch))
         slowest = max((plan.times for plan in plans), key=lambda one: one.total)
         return replace(max(plans, key=lambda plan: plan.foretold), times=slowest)
 

@@ -15,7 +15,7 @@ from egnscale.launch.layer_watch import layer_names
 from egnscale.models import AtomModelConfig, build_model
 from egnscale.models.layered import LayeredModel
 from egnscale.models.stage import Stage, at_positions
-from egnscale.scaling.collectives import CountedGroup
+from egnscale.scaling.collectives import CountedGroup, added
 from egnscale.scaling.layout import SharedExchange
 from egnscale.scaling.memory_trace import Allocation, StepTrace, trace_step
 from egnscale.scaling.packing import pack, unpack
@@ -66,7 +66,8 @@ def bounds_of(costs: Sequence[LayerCost], stages: int, how: Cut) -> list[int]:
 def stage_table(costs: Sequence[LayerCost], bounds: Sequence[int], how: Cut) -> str:
     """The stages, for people."""
     total = sum(one.seconds for one in costs) or 1.0
-    lines = [f"{len(bounds) - 1} stages, cut by {how}; the slowest has {imbalance_of(costs, bounds):.2f} of their mean"]
+    slowest = imbalance([one.seconds for one in costs], bounds)
+    lines = [f"{len(bounds) - 1} stages, cut by {how}; the slowest has {slowest:.2f} of their mean"]
     for number, (begin, end) in enumerate(pairwise(bounds)):
         own = costs[begin:end]
         lines.append(
@@ -78,19 +79,24 @@ def stage_table(costs: Sequence[LayerCost], bounds: Sequence[int], how: Cut) -> 
     return "\n".join(lines)
 
 
-def imbalance_of(costs: Sequence[LayerCost], bounds: Sequence[int]) -> float:
-    """Slowest over mean stage, foretold."""
-    return imbalance([one.seconds for one in costs], bounds)
-
-
-class StageTrace(NamedTuple):
-    """A micro-batch on one stage."""
+class Traced(NamedTuple):
+    """A micro-batch's part of a step, of a whole model or of one stage, and what it sends."""
 
     step: StepTrace
     parameters: dict[str, int]
     exchanged: int  #: bytes, with the ranks that share its graph
     exchanges: int
-    sent: int  #: bytes, to the next stage and back
+    sent: int = 0  #: bytes, to the next stage and back
+
+
+def on_meta(work: Any) -> tuple[Any, Any, CountedGroup | None]:
+    """Graph and labels of a `Workload` on the meta device, and who counts its exchanges, where a graph is shared."""
+    graph, batch = work.graph.to("meta"), work.batch.to("meta")
+    if work.graph_ranks == 1:
+        return graph, batch, None
+    group = CountedGroup(work.graph_ranks, work.rank)
+    exchange: SharedExchange = graph.exchange
+    return replace(graph, exchange=exchange.join(group)), batch, group
 
 
 def trace_stage(
@@ -101,7 +107,7 @@ def trace_stage(
     begin: int,
     end: int,
     work: Any,
-) -> StageTrace:
+) -> Traced:
     """Trace what one stage does with a micro-batch, on the meta device.
 
     Args:
@@ -110,12 +116,7 @@ def trace_stage(
     """
     with torch.device("meta"):
         model = build_model(config)
-    graph, batch = work.graph.to("meta"), work.batch.to("meta")
-    group = None
-    if work.graph_ranks > 1:
-        group = CountedGroup(work.graph_ranks, work.rank)
-        exchange: SharedExchange = graph.exchange
-        graph = replace(graph, exchange=exchange.join(group))
+    graph, batch, group = on_meta(work)
     conservative = config.forces == "conservative"
     module = nn.ModuleList(model.layers[begin:end]).to(dtype)
     nn.ModuleList(model.layers[:begin]).to(dtype)
@@ -164,14 +165,9 @@ def trace_stage(
     names = layer_names(model)
     layers = {names[number]: model.layers[number] for number in range(begin, end)}
     traced = trace_step(module, step, layers, known)
-    tallies = group.traffic.read().values() if group is not None else []
-    return StageTrace(
-        traced,
-        {name: p.numel() for name, p in module.named_parameters() if p.requires_grad},
-        sum(tally.bytes for tally in tallies),
-        sum(tally.calls for tally in tallies),
-        2 * 4 * sum(words),
-    )
+    exchanges = added(group.traffic.read().values() if group is not None else [])
+    parameters = {name: p.numel() for name, p in module.named_parameters() if p.requires_grad}
+    return Traced(traced, parameters, exchanges.bytes, exchanges.calls, 2 * 4 * sum(words))
 
 
 def _arrivals(model: LayeredModel, begin: int, graph: Any) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,7 +207,7 @@ class Trainer:
         bounds: list[int] = []
 
         def decide() -> None:
-            costs = self._planner().costs(*size)
+            costs = self._planner.costs(*size)
             how = self.config.parallel.stage_cut
             bounds.extend(bounds_of(costs, self.mesh.layout.pipe, how))
             self.say(stage_table(costs, bounds, how))
@@ -227,13 +228,15 @@ class Trainer:
             fp16_device=computes_in_fp16(),
         )
 
+    @cached_property
     def _planner(self) -> Planner:
+        """One for the cut and the forecast: it keeps what it has read and traced."""
         machine = MACHINES["cpu" if self.world.device.type == "cpu" else "h100"]
         return Planner(self.config, self.model_config, machine, self.train_store, ds_config=self.ds_name)
 
     def _foretell(self) -> None:
         """Choose what the planner chooses; stop what would not fit, the same on all ranks."""
-        planner = self._planner()
+        planner = self._planner
         available = min(gather_over_ranks(available_memory(self.world.device)))
         self.combination, self.forecast = settle(planner, self.mesh.layout, self.combination, available, self.say)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 #: What the heaviest stage is to have as little of as can be.
 Cut = Literal["cost", "parameters", "uniform"]
-CUTS = get_args(Cut)
 
 
 def cut(weights: Sequence[float], stages: int) -> list[int]:
